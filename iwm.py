@@ -1,0 +1,600 @@
+"""Image World Models (IWM) in one file: a readable PyTorch implementation of
+
+    Garrido, Assran, Ballas, Bardes, Najman, LeCun: "Learning and Leveraging World Models in Visual
+    Representation Learning", 2024, https://arxiv.org/abs/2403.00504
+
+An encoder sees a masked, photometrically degraded view x of an image. A predictor that is told the action a
+(how to get from x to the clean-ish view y) imagines the latents that an EMA teacher gives y at the masked patches.
+
+    image -- crop, flip --+-- jitter, blur, gray, solarise --> x -- keep the context --> encoder f ---> z
+                          |        |                                                                    |
+                          |        +--- action a(x->y), 7 numbers -----------------------> predictor p <+
+                          |                   mask tokens (learned vector + position) ---------^  |
+                          |                                                                       v
+                          |                                                                     z_hat
+                          |                                                                       |
+                          |                                                        || z_hat - h ||^2, masked patches
+                          |                                                                       |
+                          +-- jitter ------------------------> y -- all patches --> teacher ----> h (no gradient)
+                                                                      ^
+                                                                      +-- moving average (EMA) of the encoder
+
+Symbols, the same everywhere:  B images,  N patches of an image,  K context patches,  M masked patches (K + M = N),
+D encoder width,  W predictor width,  A = 7 numbers of an action,  V variants in a bank.
+
+Sections, in the order of the paper: Config | photometric actions | masks | ViT | predictor | IWM | measures.
+Lines tagged "deviation:" depart from the paper or fill in what it does not say; the README lists them with reasons.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+JITTER = ("brightness", "contrast", "saturation", "hue")  # the order in which they are applied, always
+ACTION = (*JITTER, "blur", "gray", "solarize")  # the 7 components of an action
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration: one flat dataclass is the whole experiment; train.py makes its command line from it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    data: str = _("shapes", "shapes (made on the fly) | cifar10 | cifar100 | a folder with train/<class>/ and val/ or test/")
+    image_size: int = _(32, "side of the square views, in pixels; the patch size must divide it")
+    # photometric actions (paper section 3; strengths as in torchvision's ColorJitter)
+    brightness: float = _(0.4, "jitter: factor drawn from 1 -+ this")
+    contrast: float = _(0.4, "jitter: factor drawn from 1 -+ this")
+    saturation: float = _(0.2, "jitter: factor drawn from 1 -+ this")
+    hue: float = _(0.1, "jitter: shift drawn from -+ this, in turns of the colour wheel (at most 0.5)")
+    strength: float = _(1.0, "multiplies the four jitter strengths ('strong jitter': try 2); 0 turns jitter off")
+    jitter_prob: float = _(0.8, "probability that a view is jittered at all")
+    blur_prob: float = _(0.2, "probability of blur on the source view")
+    gray_prob: float = _(0.2, "probability of grayscale on the source view")
+    solarize_prob: float = _(0.1, "probability of solarisation on the source view")
+    crop_min: float = _(0.3, "smallest area of the random crop, as a share of the image; 1 turns cropping off")
+    # masks
+    blocks: int = _(4, "rectangles whose union is masked")
+    block_min: float = _(0.15, "smallest area of a rectangle, as a share of the image")
+    block_max: float = _(0.20, "largest area of a rectangle, as a share of the image")
+    context: float = _(0.56, "share of the patches that the encoder sees, the rest is masked")
+    # encoder
+    patch: int = _(4, "side of a patch, in pixels")
+    width: int = _(128, "width D of the encoder")
+    depth: int = _(4, "blocks of the encoder")
+    heads: int = _(4, "attention heads, of the encoder and of the predictor")
+    # predictor, the world model
+    conditioning: str = _("feature", "how the predictor is told the action: none | sequence | feature")
+    pred_width: int = _(96, "width W of the predictor")
+    pred_depth: int = _(6, "blocks of the predictor")
+    target_norm: bool = _(True, "layer-norm the teacher's latents before the loss")
+    # optimisation
+    steps: int = _(6000, "optimiser steps")
+    batch_size: int = _(64, "images a step")
+    lr: float = _(7e-4, "peak learning rate; try lowering it when RankMe falls towards 1 (collapse)")
+    warmup: float = _(0.1, "share of the steps in which the learning rate rises")
+    weight_decay: float = _(0.04, "weight decay of AdamW at the start (none on biases and norms)")
+    weight_decay_end: float = _(0.4, "weight decay at the end, reached along a cosine")
+    ema: float = _(0.99, "teacher's momentum at the start; rises linearly to 1. It averages about 1/(1-ema) steps")
+    seed: int = _(0, "seed of the weights, the data order, the views and the masks")
+    # measuring
+    measurements: int = _(10, "how many times a run measures itself, the end included")
+    bank: int = _(256, "variants V of an image that MRR ranks")
+    mrr_images: int = _(32, "held-out images that MRR averages over")
+    # machine
+    bf16: bool = _(True, "forward and backward in bfloat16 (weights and optimiser stay float32)")
+
+    def __post_init__(self):
+        """Raises ValueError with one line that names the setting and the fix."""
+
+        def need(ok, message):
+            if not ok:
+                raise ValueError(message)
+
+        for name in ("image_size", "patch", "width", "depth", "heads", "pred_width", "pred_depth", "blocks", "steps",
+                     "batch_size", "measurements", "mrr_images"):  # fmt: skip
+            need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("brightness", "contrast", "saturation", "hue", "strength", "weight_decay", "weight_decay_end"):
+            need(0 <= getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}: it must be 0 or more")
+        for name in ("jitter_prob", "blur_prob", "gray_prob", "solarize_prob", "warmup", "ema"):
+            need(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}: it must be between 0 and 1")
+        need(0 < self.context < 1, f"context is {self.context}: it must be between 0 and 1")
+        need(0 < self.crop_min <= 1, f"crop_min is {self.crop_min}: it must be above 0 and at most 1")
+        need(0 < self.block_min <= self.block_max < 1, "block_min and block_max must be shares: 0 < min <= max < 1")
+        need(0 < self.lr < math.inf, f"lr is {self.lr}: it must be above 0")
+        need(self.bank >= 2, f"bank is {self.bank}: ranking needs at least 2 variants")
+        need(self.conditioning in ("none", "sequence", "feature"),
+             f"conditioning is {self.conditioning!r}: choose none, sequence or feature")  # fmt: skip
+        need(self.image_size % self.patch == 0, f"patch {self.patch} does not divide image_size {self.image_size}")
+        need(self.grid >= 2, f"patch {self.patch} leaves a single patch of image_size {self.image_size}: make it smaller")
+        for name in ("width", "pred_width"):
+            w = getattr(self, name)
+            need(w % 4 == 0 and w % self.heads == 0, f"{name} {w} must be a multiple of 4 and of heads ({self.heads})")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side, so that N = grid * grid."""
+        return self.image_size // self.patch
+
+    @property
+    def jitter_strengths(self) -> Tensor:
+        """[4] float: strengths of brightness, contrast, saturation and hue, 'strong jitter' included."""
+        strengths = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue]) * self.strength
+        return strengths.minimum(torch.tensor([math.inf, math.inf, math.inf, 0.5]))  # half a turn reaches every hue
+
+
+PRESETS = {
+    "shapes": Config(),
+    "cifar": Config(data="cifar10"),
+    "imagenet100": Config(
+        data="", image_size=160, patch=16, width=384, depth=12, heads=6, pred_width=192, pred_depth=12,
+        steps=100_000, batch_size=256, lr=1e-3, ema=0.996,
+    ),
+    "paper": Config(
+        data="", image_size=224, patch=16, width=768, depth=12, heads=12, pred_width=384, pred_depth=18,
+        steps=375_000, batch_size=1024, lr=1e-3, warmup=40 / 300, ema=0.996,
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Photometric actions: each image of a batch has its own parameters, which are kept: they are the action
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def grayscale(images: Tensor) -> Tensor:
+    """Luma (ITU-R 601-2) of RGB images in 0..1. [B, 3, H, W] -> [B, 1, H, W]."""
+    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device)
+    return (images * weights.view(3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """factor * images + (1 - factor) * other, kept in 0..1. factor: [B, 1, 1, 1]."""
+    return torch.lerp(other, images, factor).clamp(0, 1)
+
+
+def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Rotate the hue by `turns` ([B, 1, 1], 1 = the whole colour wheel). images: [B, 3, H, W] in 0..1."""
+    r, g, b = images.unbind(dim=1)
+    value = images.amax(dim=1)
+    chroma = value - images.amin(dim=1)
+    # RGB -> HSV: position on the colour wheel in sixths, counted from red; where r = g = b it is 0 and chroma too
+    c = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
+    # HSV -> RGB: each channel falls from `value` by up to `chroma`, as far as the hue is from that channel's colour
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)
+    k = (offsets + (hue + 6 * turns).unsqueeze(1)) % 6
+    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def jitter(images: Tensor, params: Tensor) -> Tensor:
+    """Colour jitter in the fixed order brightness, contrast, saturation, hue; the identity is (1, 1, 1, 0).
+
+    images: [B, 3, H, W] in 0..1. params: [B, 4] factors of brightness, contrast and saturation (0 or more) and hue
+    shift in turns. Returns [B, 3, H, W] in 0..1. Each operation equals torchvision.transforms.v2.functional's.
+    deviation: the order is fixed; a shuffled one could not be described by four numbers.
+    """
+    brightness, contrast, saturation, hue = params[:, :, None, None, None].unbind(dim=1)
+    images = (images * brightness).clamp(0, 1)
+    images = blend(images, grayscale(images).mean(dim=(1, 2, 3), keepdim=True), contrast)
+    images = blend(images, grayscale(images), saturation)
+    return shift_hue(images, hue.squeeze(1))
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each image with its own sigma ([B], pixels) and reflected borders. images: [B, 3, S, S] -> same.
+
+    A blur is linear and separable, so it is two products with an [S, S] matrix: no loop and no gather over the batch.
+    """
+    size = images.shape[-1]
+    radius = min(math.ceil(3 * blur_sigma(size)[1]), size - 1)
+    taps = torch.arange(-radius, radius + 1, device=images.device)
+    weights = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    source = (torch.arange(size, device=images.device)[:, None] + taps).abs()  # pixel that each tap reads ...
+    source = torch.minimum(source, 2 * (size - 1) - source)  # ... reflected at both borders
+    matrix = torch.einsum("bt,stp->bsp", weights, F.one_hot(source, size).to(weights)).unsqueeze(1)
+    return matrix @ images @ matrix.mT
+
+
+def blur_sigma(size: int) -> tuple[float, float]:
+    """Range of sigma in pixels for images of `size`.
+
+    deviation: 0.1-2.0 at 224 pixels (DINO) scaled to 32 would be at most 0.3 pixels, no blur at all: never below half.
+    """
+    scale = max(size / 224, 0.5)
+    return 0.1 * scale, 2.0 * scale
+
+
+def solarize(images: Tensor) -> Tensor:
+    """Invert what is brighter than half of full scale. [B, 3, H, W] in 0..1."""
+    return torch.where(images >= 0.5, 1 - images, images)
+
+
+def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
+    """Random resized crop (area crop_min..1, aspect 3/4..4/3) and horizontal flip. -> [B, 3, S, S], S = image_size."""
+    B = len(images)
+    area, aspect, x, y, flip = torch.rand(5, B, device=images.device, generator=generator)
+    area = config.crop_min + (1 - config.crop_min) * area
+    aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3)) if config.crop_min < 1 else torch.ones_like(area)
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    theta = torch.zeros(B, 2, 3, device=images.device)  # maps the crop's coordinates, -1..1, to the image's
+    theta[:, 0, 0] = torch.where(flip < 0.5, -width, width)
+    theta[:, 1, 1] = height
+    theta[:, 0, 2] = (2 * x - 1) * (1 - width)
+    theta[:, 1, 2] = (2 * y - 1) * (1 - height)
+    grid = F.affine_grid(theta, [B, 3, config.image_size, config.image_size], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def jitter_params(batch: int, config: Config, generator=None, device=None, always: bool = False) -> Tensor:
+    """Draw jitter parameters, [B, 4]: identity with probability 1 - jitter_prob unless `always`."""
+    identity = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device)
+    u = 2 * torch.rand(batch, 4, device=device, generator=generator) - 1
+    on = torch.rand(batch, 1, device=device, generator=generator) < (1.0 if always else config.jitter_prob)
+    params = identity + u * config.jitter_strengths.to(device) * on
+    params[:, :3].clamp_(min=0)
+    return params
+
+
+def make_action(params_x: Tensor, params_y: Tensor, flags_x: Tensor, config: Config) -> Tensor:
+    """a(x->y) [B, 7]: jitter differences from x to y in units of their strengths, then x's destructive flags [B, 3].
+
+    deviation: divided by the strengths, so that each number is of order 1.
+    """
+    strengths = config.jitter_strengths.to(params_x)
+    return torch.cat([(params_y - params_x) / strengths.clamp(min=1e-8), flags_x], dim=1)
+
+
+@torch.no_grad()
+def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, Tensor, Tensor]:
+    """One shared crop and flip, then two views of it (paper section 3).
+
+    images: [B, 3, H, W] float in 0..1. Returns source x and target y, both [B, 3, S, S] in 0..1 and pixel-aligned,
+    and the action a(x->y) [B, 7]. deviation: both views are jittered independently, neither is made from the other.
+    """
+    images = random_crop_flip(images, config, generator)
+    B, device = len(images), images.device
+
+    params_y = jitter_params(B, config, generator, device)
+    target = jitter(images, params_y)  # nothing destructive: the target keeps its information
+
+    params_x = jitter_params(B, config, generator, device)
+    probs = torch.tensor([config.blur_prob, config.gray_prob, config.solarize_prob], device=device)
+    flags = (torch.rand(B, 3, device=device, generator=generator) < probs).float()
+    blurred, gray, solarized = (flags[:, :, None, None, None] == 1).unbind(dim=1)
+    low, high = blur_sigma(config.image_size)
+    sigma = low + (high - low) * torch.rand(B, device=device, generator=generator)
+    source = jitter(images, params_x)
+    source = torch.where(blurred, gaussian_blur(source, sigma), source)
+    source = torch.where(gray, grayscale(source), source)
+    source = torch.where(solarized, solarize(source), source)
+    return source, target, make_action(params_x, params_y, flags, config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks: the union of 4 rectangles is masked, the rest is context; the same counts for every image and every step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def block_unions(n: int, grid: int, config: Config, generator=None, device=None) -> Tensor:
+    """n random unions of rectangles on a grid x grid board. -> [n, grid, grid] bool, True is masked."""
+    area, aspect, top, left = torch.rand(4, n, config.blocks, device=device, generator=generator)
+    area = grid**2 * (config.block_min + (config.block_max - config.block_min) * area)
+    aspect = 0.75 + 0.75 * aspect  # height / width
+    height = (area * aspect).sqrt().round().clamp(1, grid)
+    width = (area / aspect).sqrt().round().clamp(1, grid)
+    top = (top * (grid - height + 1)).floor()
+    left = (left * (grid - width + 1)).floor()
+    i = torch.arange(grid, device=device)
+    rows = (i >= top[..., None]) & (i < (top + height)[..., None])  # [n, blocks, grid]
+    columns = (i >= left[..., None]) & (i < (left + width)[..., None])
+    return (rows[..., :, None] & columns[..., None, :]).any(dim=1)
+
+
+def sample_masks(batch: int, grid: int, config: Config, generator=None, device=None) -> tuple[Tensor, Tensor]:
+    """Patch indices (row * grid + column) that the encoder sees, and those to imagine. -> [B, K], [B, M] int64.
+
+    deviation: equal counts for all images, which batches need. Of 16 unions per image the one whose size is nearest to
+    M is kept; the few patches too many or too few are chosen at random, so that no region is favoured.
+    """
+    M = min(max(round((1 - config.context) * grid**2), 1), grid**2 - 1)
+    unions = rearrange(block_unions(16 * batch, grid, config, generator, device), "(c b) h w -> c b (h w)", c=16)
+    nearest = (unions.sum(dim=2) - M).abs().argmin(dim=0)  # [B]
+    union = unions[nearest, torch.arange(batch, device=device)]  # [B, N]
+    # sort by "masked", ties in random order
+    order = (union + 0.5 * torch.rand(union.shape, device=device, generator=generator)).argsort(dim=1)
+    return order[:, :-M], order[:, -M:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ViT: the encoder f. It runs on the patches it is given, so masking makes it cheaper
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """2-D sine-cosine position embedding, [N, width]: half for the row, half for the column (MoCo v3, MAE)."""
+    frequencies = 10_000 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(grid)[:, None] * frequencies  # [grid, width / 4]
+    one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows = repeat(one_axis, "h d -> (h w) d", w=grid)
+    columns = repeat(one_axis, "w d -> (h w) d", h=grid)
+    return torch.cat([rows, columns], dim=1)
+
+
+def gather(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Tokens [B, N, D] at indices [B, K] -> [B, K, D]."""
+    return tokens.gather(1, indices.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for [B, heads, tokens, d]."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    # on a CPU, for the few dozen tokens here, the fused kernel is up to ten times slower in bfloat16
+    return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. [B, tokens, width] -> same."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        x = x + self.proj(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def init_weights(module: nn.Module):
+    """Linear layers Xavier-uniform, biases 0 (MAE).
+
+    deviation: I-JEPA's normal 0.02 suits width 768. At width 128 it makes the patch embedding so small beside the
+    positions that 80 % of the targets' variance is where a patch is, not what it shows, and training starts slowly.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def scale_output_projections(blocks: nn.ModuleList):
+    """Divide each block's output projections by sqrt(2 * its number), so that the residual stream does not grow."""
+    for i, block in enumerate(blocks, start=1):
+        block.proj.weight.data.div_(math.sqrt(2 * i))
+        block.fc2.weight.data.div_(math.sqrt(2 * i))
+
+
+class ViT(nn.Module):
+    """Vision transformer without class token. Images in 0..1, [B, 3, S, S] -> latents [B, N or K, D]."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.patch = config.patch
+        self.embed = nn.Linear(3 * config.patch**2, config.width)
+        self.blocks = nn.ModuleList([Block(config.width, config.heads) for _ in range(config.depth)])
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.register_buffer("positions", sincos_positions(config.width, config.grid), persistent=False)
+        self.apply(init_weights)
+        scale_output_projections(self.blocks)
+
+    def forward(self, images: Tensor, context: Tensor | None = None) -> Tensor:
+        """context: [B, K] indices of the patches to see; None means all N of them, in order."""
+        images = (images - 0.5) / 0.25  # normalised here, last, so that views are plain 0..1 images everywhere else
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
+        positions = self.positions
+        if context is not None:
+            patches, positions = gather(patches, context), positions[context]
+        x = self.embed(patches) + positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predictor: the world model p. Context latents and an action in, imagined latents at the asked positions out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Predictor(nn.Module):
+    """A narrower ViT over the context latents, one mask token per position to imagine, and the action."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, W, A = config.width, config.pred_width, len(ACTION)
+        self.conditioning = config.conditioning
+        self.embed = nn.Linear(D, W)
+        self.mask_token = nn.Parameter(torch.zeros(W))
+        self.blocks = nn.ModuleList([Block(W, config.heads) for _ in range(config.pred_depth)])
+        self.norm = nn.LayerNorm(W, eps=1e-6)
+        self.out = nn.Linear(W, D)
+        self.register_buffer("positions", sincos_positions(W, config.grid), persistent=False)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        if self.conditioning == "sequence":  # one linear layer R -> R^W for each of the A scalars
+            self.action_weight = nn.Parameter(torch.randn(A, W))
+            self.action_bias = nn.Parameter(torch.randn(A, W))
+        if self.conditioning == "feature":  # three layers R^(W + A) -> R^W, the same for every token
+            self.mix = nn.Sequential(
+                nn.Linear(W + A, W), nn.ReLU(), nn.Linear(W, W), nn.ReLU(), nn.Linear(W, W)
+            )  # fmt: skip
+        self.apply(init_weights)
+        scale_output_projections(self.blocks)
+
+    def forward(self, z: Tensor, context: Tensor, masked: Tensor, action: Tensor) -> Tensor:
+        """z: [B, K, D] latents of the context patches [B, K]; masked: [B, M] positions to imagine; action: [B, A].
+
+        Returns the imagined latents, [B, M, D].
+        """
+        x = self.embed(z) + self.positions[context]
+        tokens = self.mask_token + self.positions[masked]  # [B, M, W]
+        if self.conditioning == "feature":  # the action is mixed into every mask token
+            tokens = self.mix(torch.cat([tokens, repeat(action, "b a -> b m a", m=masked.shape[1])], dim=2))
+        x = torch.cat([x, tokens], dim=1)
+        if self.conditioning == "sequence":  # the action joins as A tokens of its own
+            x = torch.cat([action.unsqueeze(2) * self.action_weight + self.action_bias, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x[:, -masked.shape[1] :]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# IWM: encoder, teacher, predictor and the loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class IWM(nn.Module):
+    """The paper's figure 1. `loss` is one training step's forward; `imagine` uses the world model afterwards."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.encoder = ViT(config)
+        self.teacher = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.predictor = Predictor(config)
+
+    def loss(self, images: Tensor, generator=None) -> Tensor:
+        """Mean squared error of the imagined latents at the masked patches. images: [B, 3, H, W] in 0..1 -> scalar."""
+        c = self.config
+        x, y, action = make_views(images, c, generator)
+        context, masked = sample_masks(len(x), c.grid, c, generator, x.device)
+        z = self.encoder(x, context)  # z = f(x), [B, K, D]
+        z_hat = self.predictor(z, context, masked, action)  # z_hat = p(z, a, m), [B, M, D]
+        h = gather(self.targets(y), masked)  # h = teacher(y), [B, M, D]
+        # deviation: the mean where the paper has a sum; Adam's step is the same
+        return (z_hat.float() - h).square().mean()
+
+    @torch.no_grad()
+    def targets(self, images: Tensor) -> Tensor:
+        """What the world model has to imagine: the teacher's latents, layer-normed. [B, 3, S, S] -> [B, N, D] float."""
+        h = self.teacher(images).float()
+        return F.layer_norm(h, h.shape[-1:]) if self.config.target_norm else h
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float):
+        """teacher <- momentum * teacher + (1 - momentum) * encoder; call it after the optimiser's step."""
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.encoder.parameters()), 1 - momentum)
+
+    def imagine(self, images: Tensor, action: Tensor) -> Tensor:
+        """Imagine, at all positions, the targets of images after an action.
+
+        images: [B, 3, S, S] in 0..1, unmasked (B may be 1 for many actions: it is encoded once); action: [B, A].
+        Returns [B, N, D]. Note: in training a mask token never stands at a position that the encoder sees.
+        """
+        everything = torch.arange(self.config.grid**2, device=images.device).expand(len(action), -1)
+        z = self.encoder(images)
+        return self.predictor(z.expand(len(action), -1, -1), everything, everything, action)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures: is it a world model (MRR)? and what do the teacher's latents hold?
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ranks(imagined: Tensor, bank: Tensor) -> Tensor:
+    """Rank of each true variant among its bank by L2 distance, 1 = nearest; ties get their mean rank.
+
+    imagined, bank: [V, ...]; imagined[i] should be nearest to bank[i]. Returns [V] float on the CPU.
+    """
+    a, b = imagined.flatten(1).cpu().double(), bank.flatten(1).cpu().double()
+    distance = torch.cdist(a, b)
+    true = distance.diagonal().unsqueeze(1)
+    slack = 1e-6 * b.square().sum(dim=1).mean().sqrt()  # equal variants stay tied after rounding
+    nearer, tied = distance < true - slack, (distance - true).abs() <= slack
+    return nearer.sum(dim=1) + (tied.sum(dim=1) + 1) / 2
+
+
+def mean_reciprocal_rank(imagined: Tensor, bank: Tensor) -> float:
+    """Mean of 1 / rank over the V variants of one image: 1 is perfect, H(V)/V is chance. Arguments as in `ranks`."""
+    return (1 / ranks(imagined, bank)).mean().item()
+
+
+def chance(variants: int) -> float:
+    """MRR of an action-blind predictor: H(V)/V, 0.0239 for V = 256."""
+    return sum(1 / i for i in range(1, variants + 1)) / variants
+
+
+def bank_actions(params: Tensor, config: Config) -> Tensor:
+    """Actions that take a clean image to variants with these jitter parameters. [V, 4] -> [V, 7]."""
+    identity = torch.tensor([1.0, 1.0, 1.0, 0.0]).to(params)
+    return make_action(identity.expand_as(params), params, params.new_zeros(len(params), 3), config)
+
+
+def sweep_params(component: int, config: Config, n: int = 16) -> Tensor:
+    """Jitter parameters that sweep one component over its range, the others at identity. -> [n, 4]."""
+    params = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(n, 1)
+    params[:, component] += torch.linspace(-1, 1, n) * config.jitter_strengths[component]
+    params[:, :3].clamp_(min=0)
+    return params
+
+
+@torch.no_grad()
+def variants(model: IWM, image: Tensor, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One clean image [1, 3, S, S] under jitter `params` [V, 4]: the variants themselves [V, 3, S, S], their targets
+    (the bank) and what the world model imagines for each action, both [V, N, D]."""
+    params = params.to(image.device)
+    images = jitter(image.expand(len(params), -1, -1, -1), params)
+    return images, model.targets(images), model.imagine(image, bank_actions(params, model.config)).float()
+
+
+@torch.no_grad()
+def measure_world_model(model: IWM, images: Tensor, generator=None) -> dict[str, float]:
+    """MRR, H@1, H@5, chance, and the error of each jitter component, over clean images [B, 3, S, S] in 0..1.
+
+    deviation: the paper names neither distance nor encoder. Here: the teacher's targets of a bank of jittered variants,
+    the student's latents of the clean image, all positions, L2. The bank is jittered always, so that it has no
+    duplicates. error_<component>: how far the nearest variant is from the true one when only that component sweeps
+    its range, as a share of the range (0.33 to 0.35 is no knowledge).
+    """
+    config, found, errors = model.config, [], {name: [] for name in JITTER}
+    for image in images.split(1):
+        _, bank, imagined = variants(model, image, jitter_params(config.bank, config, generator, image.device, always=True))
+        found.append(ranks(imagined, bank))
+        for i, name in enumerate(JITTER):
+            _, bank, imagined = variants(model, image, sweep_params(i, config))
+            nearest = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).cpu()
+            errors[name].append((nearest - torch.arange(len(bank))).abs().float().mean() / (len(bank) - 1))
+    rank = torch.cat(found)
+    result = {"mrr": 1 / rank, "hit1": rank <= 1, "hit5": rank <= 5}
+    result |= {f"error_{name}": torch.stack(error) for name, error in errors.items()}
+    return {name: value.double().mean().item() for name, value in result.items()} | {"chance": chance(config.bank)}
+
+
+def rankme(features: Tensor) -> float:
+    """Effective rank of features [n, D]: exp of the entropy of their singular values (RankMe). 1 = collapsed."""
+    s = torch.linalg.svdvals(features.float().cpu())
+    p = s / s.sum() + 1e-7
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+def knn_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20) -> float:
+    """Cosine kNN classifier, votes weighted by exp(similarity / 0.07) (DINO). Features [n, D], labels [n] int64."""
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    similarity, neighbours = (test @ train.T).topk(min(k, len(train)), dim=1)
+    votes = F.one_hot(labels[neighbours]) * (similarity / 0.07).exp().unsqueeze(2)
+    return (votes.sum(dim=1).argmax(dim=1) == test_labels).float().mean().item()
+
+
+def linear_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, ridge: float = 1e-3) -> float:
+    """Linear probe in closed form: ridge regression to one-hot labels on standardised features [n, D]."""
+    mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
+    train, test = ((F.pad((f - mean) / std, (0, 1), value=1.0)).double().cpu() for f in (train, test))
+    gram = train.T @ train + ridge * len(train) * torch.eye(train.shape[1], dtype=train.dtype)
+    weights = torch.linalg.solve(gram, train.T @ F.one_hot(labels.cpu()).double())
+    return ((test @ weights).argmax(dim=1) == test_labels.cpu()).double().mean().item()

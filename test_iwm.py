@@ -1,0 +1,552 @@
+"""Tests, one class per section of iwm.py; each test is one claim. References are independent: torchvision's functional
+ops, naive loops, numbers worked by hand.
+
+    pytest -q                    # all of them
+    pytest -q -k jitter          # one topic
+    IWM=my_iwm pytest -q         # the same tests against another module, say a student's own
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+
+import train
+
+iwm = importlib.import_module(os.environ.get("IWM", "iwm"))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+TINY = iwm.Config(width=32, depth=2, heads=2, pred_width=16, pred_depth=2, batch_size=8)
+IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def some_images(n=64, size=32):
+    """Noise, flat greys, black, white, and colours with equal channels: where colour code goes wrong."""
+    images = torch.rand(n, 3, size, size, generator=seeded())
+    images[0], images[1], images[2:6] = 0, 1, images[2:6, :1]
+    images[6:12] = (3 * images[6:12]).round() / 3
+    return images
+
+
+def tiny(seed=0, **changes):
+    torch.manual_seed(seed)
+    return iwm.IWM(replace(TINY, **changes))
+
+
+class TestConfig:
+    def test_presets_build_and_say_what_they_are(self):
+        assert {"shapes", "cifar", "imagenet100", "paper"} <= set(iwm.PRESETS)
+        paper = iwm.PRESETS["paper"]
+        assert (paper.width, paper.depth, paper.patch, paper.pred_depth, paper.pred_width) == (768, 12, 16, 18, 384)
+
+    @pytest.mark.parametrize("wrong", [
+        {"patch": 5}, {"width": 30}, {"pred_width": 18, "heads": 4}, {"conditioning": "film"}, {"steps": 0},
+        {"lr": float("nan")}, {"lr": -1.0}, {"hue": float("nan")}, {"ema": 1.5}, {"bank": 1}, {"block_min": 0.3},
+        {"context": 1.0}, {"crop_min": 0.0}, {"patch": 32}, {"batch_size": -2},
+    ])  # fmt: skip
+    def test_wrong_setting_is_refused_and_named(self, wrong):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            iwm.Config(**wrong)
+
+
+class TestJitter:
+    """Each operation equals torchvision's functional one, with parameters of its own for each image."""
+
+    @staticmethod
+    def reference(images, params):
+        out = []
+        for image, (b, c, s, h) in zip(images, params.tolist()):
+            image = TF.adjust_contrast(TF.adjust_brightness(image, b), c)
+            out.append(TF.adjust_hue(TF.adjust_saturation(image, s), h))
+        return torch.stack(out)
+
+    def test_jitter_equals_torchvision_on_random_parameters(self):
+        images = some_images()
+        params = 2 * torch.rand(64, 4, generator=seeded(1))
+        params[:, 3] = params[:, 3] / 2 - 0.5
+        torch.testing.assert_close(iwm.jitter(images, params), self.reference(images, params), atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("params", [(0, 1, 1, 0), (1, 0, 1, 0), (1, 1, 0, 0), (2, 2, 2, 0.5), (1, 1, 1, -0.5), (0, 0, 0, 0)])
+    def test_jitter_equals_torchvision_at_the_ends_of_the_range(self, params):
+        images, params = some_images(), torch.tensor(params).expand(64, 4).float()
+        torch.testing.assert_close(iwm.jitter(images, params), self.reference(images, params), atol=1e-5, rtol=0)
+
+    def test_jitter_with_identity_parameters_changes_nothing(self):
+        images = some_images()
+        torch.testing.assert_close(iwm.jitter(images, IDENTITY.expand(64, 4)), images, atol=2e-6, rtol=0)
+
+    def test_jitter_hue_is_in_turns(self):
+        """A third of a turn takes red to green; the unit is neither degrees nor radians."""
+        red = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)
+        shifted = iwm.jitter(red, torch.tensor([[1.0, 1.0, 1.0, 1 / 3]]))
+        torch.testing.assert_close(shifted.flatten(), torch.tensor([0.0, 1.0, 0.0]), atol=1e-5, rtol=0)
+
+    def test_drawn_parameters_fill_their_range_and_no_more(self):
+        config = replace(TINY, strength=2.0, jitter_prob=0.8)
+        params = iwm.jitter_params(20_000, config, seeded())
+        on = (params != IDENTITY).any(dim=1)
+        assert abs(on.float().mean() - 0.8) < 0.02
+        low, high = params.amin(dim=0), params.amax(dim=0)
+        torch.testing.assert_close(low, torch.tensor([0.2, 0.2, 0.6, -0.2]), atol=0.01, rtol=0)
+        torch.testing.assert_close(high, torch.tensor([1.8, 1.8, 1.4, 0.2]), atol=0.01, rtol=0)
+        assert iwm.jitter_params(20_000, replace(TINY, strength=9.0), seeded())[:, :3].min() == 0
+        assert iwm.jitter_params(20_000, replace(TINY, strength=9.0), seeded())[:, 3].abs().max() <= 0.5
+
+    def test_always_draws_no_identity(self):
+        assert (iwm.jitter_params(1000, TINY, seeded(), always=True) != IDENTITY).any(dim=1).all()
+
+
+class TestDestructive:
+    @pytest.mark.parametrize("size", [32, 96, 224])
+    def test_blur_equals_torchvision_with_a_sigma_per_image(self, size):
+        images = some_images(6, size)
+        low, high = iwm.blur_sigma(size)
+        sigma = torch.linspace(low, high, 6)
+        kernel = 2 * int(-(-3 * high // 1)) + 1
+        expected = torch.stack([TF.gaussian_blur(image, [kernel] * 2, [s] * 2) for image, s in zip(images, sigma.tolist())])
+        torch.testing.assert_close(iwm.gaussian_blur(images, sigma), expected, atol=1e-5, rtol=0)
+
+    def test_blur_is_visible_at_32_pixels(self):
+        """Scaled from 224 pixels sigma would end at 0.29 pixels, which changes almost nothing."""
+        noise = torch.rand(1, 3, 32, 32, generator=seeded())
+        strongest = torch.tensor([iwm.blur_sigma(32)[1]])
+        assert iwm.gaussian_blur(noise, strongest).std() < 0.5 * noise.std()
+
+    def test_gray_and_solarize_equal_torchvision(self):
+        images = some_images()
+        torch.testing.assert_close(iwm.grayscale(images), TF.rgb_to_grayscale(images), atol=1e-5, rtol=0)
+        assert torch.equal(iwm.solarize(images), TF.solarize(images, 0.5))
+
+
+class TestViews:
+    OFF = dict(crop_min=1.0, jitter_prob=0.0, blur_prob=0.0, gray_prob=0.0, solarize_prob=0.0)
+
+    def test_views_are_images_and_the_action_has_7_numbers(self):
+        x, y, a = iwm.make_views(some_images(), TINY, seeded())
+        assert x.shape == y.shape == (64, 3, 32, 32) and a.shape == (64, 7)
+        for view in (x, y):
+            assert view.min() >= 0 and view.max() <= 1
+
+    def test_the_same_generator_gives_the_same_views(self):
+        images = some_images()
+        for one, other in zip(iwm.make_views(images, TINY, seeded(3)), iwm.make_views(images, TINY, seeded(3))):
+            assert torch.equal(one, other)
+
+    def test_both_views_share_one_crop_and_flip(self):
+        config = replace(TINY, **self.OFF | {"crop_min": 0.3})
+        x, y, a = iwm.make_views(some_images(), config, seeded())
+        assert torch.equal(x, y), "without photometric changes x and y must be the same pixels"
+        assert (a == 0).all()
+
+    def test_crop_off_is_the_image_or_its_mirror(self):
+        images = some_images()
+        x, _, _ = iwm.make_views(images, replace(TINY, **self.OFF), seeded())
+        straight = (x - images).abs().amax(dim=(1, 2, 3)) < 1e-4
+        mirrored = (x - images.flip(3)).abs().amax(dim=(1, 2, 3)) < 1e-4
+        assert (straight | mirrored).all() and 15 < mirrored[6:].sum() < 50
+
+    def test_crops_have_the_asked_area(self):
+        """Crop an image whose channels are its coordinates: their ranges are the crop's sides."""
+        axis = torch.linspace(0, 1, 64)
+        y, x = torch.meshgrid(axis, axis, indexing="ij")
+        images = torch.stack([x, y, 0 * x]).expand(2000, 3, 64, 64)
+        crop = iwm.random_crop_flip(images, replace(TINY, crop_min=0.3), seeded())
+        side = crop.amax(dim=(2, 3)) - crop.amin(dim=(2, 3))
+        area, aspect = side[:, 0] * side[:, 1], side[:, 0] / side[:, 1]
+        assert 0.25 < area.min() < 0.33 and 0.9 < area.max() < 1.0 and 0.6 < area.mean() < 0.66
+        assert 0.72 < aspect.min() and aspect.max() < 1.39
+        assert (crop[:, 0, 0, 0] > crop[:, 0, 0, -1]).float().mean().sub(0.5).abs() < 0.05, "half of them are mirrored"
+
+    def test_the_target_is_jittered_only(self):
+        """Nothing destructive touches y (paper section 3): with jitter off, y is the crop while x is grey."""
+        x, y, a = iwm.make_views(some_images(), replace(TINY, **self.OFF | {"gray_prob": 1.0, "blur_prob": 1.0, "solarize_prob": 1.0}), seeded())
+        plain, _, _ = iwm.make_views(some_images(), replace(TINY, **self.OFF), seeded())
+        assert torch.equal(y, plain), "blur, grayscale and solarisation belong to the source view only"
+        assert (x[:, 0] == x[:, 1]).all() and not torch.equal(x, y)
+        assert (a[:, 4:] == 1).all() and (a[:, :4] == 0).all()
+
+    @pytest.mark.parametrize("flag, name", enumerate(["blur_prob", "gray_prob", "solarize_prob"]))
+    def test_each_flag_stands_for_its_operation_on_x(self, flag, name):
+        x, y, a = iwm.make_views(some_images(), replace(TINY, **self.OFF | {name: 0.5}), seeded())
+        changed = (x != y).flatten(1).any(dim=1)
+        assert (a[:, 4 + flag] == 1).sum() in range(15, 50)
+        assert not changed[a[:, 4 + flag] == 0].any(), "an image without the flag is changed"
+        # the weakest blurs (sigma 0.05 pixels) change nothing in float32
+        done = changed[12:][a[12:, 4 + flag] == 1].float().mean()
+        assert done > (0.7 if name == "blur_prob" else 0.99), "an image with the flag is unchanged"
+
+    def test_the_action_takes_x_to_y(self):
+        """a = (y's parameters - x's) / strength. Brightness alone: mean(y) / mean(image) - mean(x) / mean(image)."""
+        images = torch.full((200, 3, 32, 32), 0.4)
+        config = replace(TINY, **self.OFF | {"jitter_prob": 0.8, "contrast": 0.0, "saturation": 0.0, "hue": 0.0})
+        x, y, a = iwm.make_views(images, config, seeded())
+        expected = (y - x)[:, 0, 0, 0] / 0.4 / config.brightness
+        torch.testing.assert_close(a[:, 0], expected, atol=1e-4, rtol=0, msg="wrong sign or scale of the action")
+        assert (a[:, 1:] == 0).all()
+
+    def test_the_action_is_of_order_one(self):
+        _, _, a = iwm.make_views(torch.rand(5000, 3, 32, 32), replace(TINY, strength=2.0), seeded())
+        assert (a[:, :4].std(dim=0) > 0.5).all() and a[:, :4].abs().max() <= 2
+
+
+class TestMasks:
+    @pytest.mark.parametrize("grid, share", [(8, 0.57), (14, 0.55), (4, 0.56), (2, 0.5)])
+    def test_masks_split_the_patches_with_the_papers_share_of_context(self, grid, share):
+        context, masked = iwm.sample_masks(32, grid, TINY, seeded())
+        both = torch.cat([context, masked], dim=1).sort(dim=1).values
+        assert torch.equal(both, torch.arange(grid**2).expand(32, -1)), "each patch must be either context or masked, once"
+        assert abs(context.shape[1] / grid**2 - share) < 0.07
+
+    def test_mask_shapes_never_change(self):
+        shapes = {tuple(m.shape for m in iwm.sample_masks(16, 8, TINY, seeded(s))) for s in range(20)}
+        assert len(shapes) == 1
+
+    def test_every_patch_is_context_and_target_without_bias(self):
+        _, masked = iwm.sample_masks(20_000, 8, TINY, seeded())
+        often = F.one_hot(masked, 64).sum(dim=(0, 1)).view(8, 8) / 20_000
+        assert often.min() > 0.03 and often.max() < 0.97
+        for mirrored in (often.flip(0), often.flip(1)):
+            torch.testing.assert_close(often, mirrored, atol=0.025, rtol=0)
+
+    def test_masks_are_blocks(self):
+        """Neighbours share their fate far more often than they would if patches were masked one by one."""
+        _, masked = iwm.sample_masks(500, 8, TINY, seeded())
+        board = F.one_hot(masked, 64).sum(dim=1).view(-1, 8, 8)
+        same = (board[:, :, 1:] == board[:, :, :-1]).float().mean()
+        assert same > 0.75
+
+    def test_masks_differ_between_images(self):
+        _, masked = iwm.sample_masks(64, 8, TINY, seeded())
+        assert len(masked.sort(dim=1).values.unique(dim=0)) > 50
+
+
+class TestViT:
+    def test_encoder_gives_one_latent_per_patch(self):
+        model = tiny()
+        assert model.encoder(torch.rand(2, 3, 32, 32)).shape == (2, 64, 32)
+        assert model.encoder(torch.rand(2, 3, 32, 32), torch.arange(5).expand(2, 5)).shape == (2, 5, 32)
+
+    def test_encoder_does_not_see_masked_patches(self):
+        model, images = tiny(), torch.rand(4, 3, 32, 32)
+        context, masked = iwm.sample_masks(4, 8, TINY, seeded())
+        seen = torch.zeros(4, 64).scatter_(1, context, 1).view(4, 1, 8, 8)
+        seen = seen.repeat_interleave(4, 2).repeat_interleave(4, 3)
+        hidden = images * seen + torch.rand(4, 3, 32, 32) * (1 - seen)
+        torch.testing.assert_close(model.encoder(images, context), model.encoder(hidden, context), atol=1e-6, rtol=0)
+
+    def test_patches_keep_their_positions_when_gathered(self):
+        """Seeing all patches in another order gives the same latents in that order."""
+        model, images = tiny(), torch.rand(2, 3, 32, 32)
+        order = torch.stack([torch.randperm(64, generator=seeded(s)) for s in range(2)])
+        torch.testing.assert_close(model.encoder(images, order), iwm.gather(model.encoder(images), order), atol=1e-5, rtol=0)
+
+    def test_patch_index_is_row_times_grid_plus_column(self):
+        model = tiny(depth=1)
+        image = torch.full((1, 3, 32, 32), 0.5)
+        changed = image.clone()
+        changed[:, :, 4:8, 8:12] = 1.0  # row 1, column 2
+        context = torch.arange(64)[torch.arange(64) != 10].unsqueeze(0)
+        assert torch.equal(model.encoder(image, context), model.encoder(changed, context))
+
+    def test_positions_are_distinct_and_nearer_for_neighbours(self):
+        p = iwm.sincos_positions(32, 8)
+        assert p.shape == (64, 32) and len(p.unique(dim=0)) == 64
+        distance = torch.cdist(p, p)
+        assert distance[0, 1] < distance[0, 4] and distance[0, 8] < distance[0, 32]
+
+    def test_attention_equals_pytorchs(self):
+        q, k, v = torch.rand(3, 2, 4, 10, 8, generator=seeded())
+        torch.testing.assert_close(iwm.attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-6, rtol=1e-5)
+
+
+class TestPredictor:
+    @staticmethod
+    def inputs(n=3):
+        context, masked = iwm.sample_masks(n, 8, TINY, seeded())
+        return torch.rand(n, context.shape[1], 32, generator=seeded(1)), context, masked
+
+    @pytest.mark.parametrize("conditioning", ["none", "sequence", "feature"])
+    def test_predictor_imagines_one_latent_per_masked_patch(self, conditioning):
+        z, context, masked = self.inputs()
+        out = tiny(conditioning=conditioning).predictor(z, context, masked, torch.rand(3, 7))
+        assert out.shape == (3, masked.shape[1], 32)
+
+    @pytest.mark.parametrize("component", range(7))
+    @pytest.mark.parametrize("conditioning", ["sequence", "feature"])
+    def test_each_component_of_the_action_matters(self, conditioning, component):
+        model, (z, context, masked) = tiny(conditioning=conditioning), self.inputs()
+        action = torch.zeros(3, 7)
+        before = model.predictor(z, context, masked, action)
+        action[:, component] = 1
+        assert (model.predictor(z, context, masked, action) - before).abs().max() > 1e-4
+
+    @pytest.mark.parametrize("conditioning", ["sequence"])
+    def test_sequence_tells_the_components_apart(self, conditioning):
+        """One layer shared by all action tokens could not: the transformer is blind to their order."""
+        model, (z, context, masked) = tiny(conditioning=conditioning), self.inputs()
+        one, other = torch.zeros(3, 7), torch.zeros(3, 7)
+        one[:, 0], other[:, 1] = 1, 1
+        difference = model.predictor(z, context, masked, one) - model.predictor(z, context, masked, other)
+        assert difference.abs().max() > 1e-4, "each scalar of the action needs a linear layer of its own"
+
+    def test_without_conditioning_the_action_is_not_seen(self):
+        model, (z, context, masked) = tiny(conditioning="none"), self.inputs()
+        assert torch.equal(model.predictor(z, context, masked, torch.zeros(3, 7)), model.predictor(z, context, masked, torch.ones(3, 7)))
+
+    @pytest.mark.parametrize("conditioning", ["none", "sequence", "feature"])
+    def test_mask_tokens_know_where_they_are(self, conditioning):
+        """Asking for the same positions in another order gives the same latents in that order, and they differ."""
+        model, (z, context, masked) = tiny(conditioning=conditioning), self.inputs()
+        action = torch.rand(3, 7, generator=seeded())
+        out, flipped = (model.predictor(z, context, m, action) for m in (masked, masked.flip(1)))
+        torch.testing.assert_close(out.flip(1), flipped, atol=1e-5, rtol=1e-4)
+        assert (out[:, 0] - out[:, 1]).abs().max() > 1e-3, "mask tokens lost their positions"
+
+
+class TestIWM:
+    def test_loss_is_the_mean_squared_error_on_masked_patches(self):
+        """The loss written out again from the parts, with the views and masks that the same generator draws."""
+        model, images = tiny(), torch.rand(4, 3, 32, 32)
+        x, y, action = iwm.make_views(images, TINY, generator := seeded(5))
+        context, masked = iwm.sample_masks(4, 8, TINY, generator)
+        z_hat = model.predictor(model.encoder(x, context), context, masked, action)
+        teacher = model.teacher(y)
+        h = (teacher - teacher.mean(dim=2, keepdim=True)) / (teacher.var(dim=2, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        total = sum(((z_hat[i, j] - h[i, patch]) ** 2).sum() for i in range(4) for j, patch in enumerate(masked[i]))
+        expected = total / (masked.numel() * 32)
+        torch.testing.assert_close(model.loss(images, seeded(5)), expected, atol=1e-5, rtol=1e-5)
+
+    def test_targets_are_layer_normed_unless_turned_off(self):
+        h = tiny().targets(torch.rand(2, 3, 32, 32))
+        torch.testing.assert_close(h.std(dim=2, unbiased=False), torch.ones(2, 64), atol=1e-2, rtol=0)
+        model = tiny(target_norm=False)
+        model.teacher.norm.weight.data.fill_(3.0)
+        assert model.targets(torch.rand(2, 3, 32, 32)).std() > 2
+
+    def test_teacher_gets_no_gradient_encoder_and_predictor_do(self):
+        model = tiny()
+        model.loss(torch.rand(4, 3, 32, 32), seeded()).backward()
+        assert all(p.grad is None for p in model.teacher.parameters()), "the teacher received gradients: detach its output"
+        for part in (model.encoder, model.predictor):
+            missing = [name for name, p in part.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+            assert not missing, f"no gradient reaches {missing}"
+
+    def test_teacher_starts_as_the_encoder_and_moves_by_ema(self):
+        model = tiny()
+        before = [p.clone() for p in model.teacher.parameters()]
+        for p, q in zip(model.encoder.parameters(), before):
+            assert torch.equal(p, q)
+            p.data.add_(1.0)
+        model.update_teacher(0.9)
+        for p, q in zip(model.teacher.parameters(), before):
+            torch.testing.assert_close(p, q + 0.1, atol=1e-5, rtol=0, msg="teacher <- 0.9 teacher + 0.1 encoder")
+
+    def test_imagine_asks_for_all_positions_of_an_unmasked_image(self):
+        model, image = tiny(), torch.rand(1, 3, 32, 32)
+        actions = torch.rand(5, 7, generator=seeded())
+        out = model.imagine(image, actions)
+        assert out.shape == (5, 64, 32)
+        everything = torch.arange(64).unsqueeze(0)
+        expected = model.predictor(model.encoder(image), everything, everything, actions[3:4])
+        torch.testing.assert_close(out[3:4], expected, atol=1e-5, rtol=1e-4)
+
+    def test_a_short_training_lowers_the_loss(self):
+        model = tiny()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+        images = torch.rand(32, 3, 1, 1, generator=seeded()).expand(32, 3, 32, 32)
+        first = model.loss(images, seeded(1)).item()
+        for step in range(40):
+            loss = model.loss(images, seeded(step))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            model.update_teacher(0.99)
+        assert model.loss(images, seeded(1)).item() < 0.7 * first
+
+
+class TestMRR:
+    def test_the_true_latents_have_mrr_1(self):
+        bank = torch.randn(256, 4, 8, generator=seeded())
+        assert iwm.mean_reciprocal_rank(bank, bank) == 1
+
+    def test_an_action_blind_predictor_is_exactly_at_chance(self):
+        bank = torch.randn(256, 4, 8, generator=seeded())
+        blind = torch.randn(1, 4, 8, generator=seeded(1)).expand(256, 4, 8)
+        assert abs(iwm.mean_reciprocal_rank(blind, bank) - 0.0239232) < 1e-6
+        assert abs(iwm.chance(256) - 0.0239232) < 1e-6
+
+    def test_ranks_worked_by_hand(self):
+        bank = torch.tensor([[0.0], [1.0], [3.0], [6.0]])
+        imagined = torch.tensor([[0.9], [0.9], [4.4], [0.0]])
+        assert iwm.ranks(imagined, bank).tolist() == [2, 1, 1, 4]
+
+    def test_ties_do_not_help(self):
+        """All variants equal: each has the mean rank 2.5 of 4, not rank 1."""
+        same = torch.ones(4, 3)
+        assert iwm.ranks(torch.randn(4, 3, generator=seeded()), same).tolist() == [2.5] * 4
+
+    def test_a_shuffled_bank_is_noticed(self):
+        bank = torch.randn(64, 8, generator=seeded())
+        assert iwm.mean_reciprocal_rank(bank, bank.roll(1, dims=0)) < 0.2
+
+    def test_a_model_without_conditioning_measures_chance(self):
+        result = iwm.measure_world_model(tiny(conditioning="none"), torch.rand(2, 3, 32, 32), seeded())
+        assert abs(result["mrr"] - result["chance"]) < 1e-4
+
+    def test_a_perfect_world_model_measures_1(self):
+        """An oracle that jitters the image by the action and asks the teacher: the sign and scale of the bank's actions."""
+        model = tiny()
+
+        def oracle(image, action):
+            params = IDENTITY + action[:, :4] * model.config.jitter_strengths
+            return model.targets(iwm.jitter(image.expand(len(action), -1, -1, -1), params))
+
+        model.imagine = oracle
+        result = iwm.measure_world_model(model, torch.rand(2, 3, 32, 32), seeded())
+        assert result["mrr"] > 0.999 and result["hit1"] > 0.999 and result["error_hue"] < 0.01
+
+    def test_sweeps_cover_the_range_of_one_component(self):
+        params = iwm.sweep_params(3, TINY, n=5)
+        torch.testing.assert_close(params[:, 3], torch.tensor([-0.1, -0.05, 0.0, 0.05, 0.1]))
+        assert (params[:, :3] == 1).all()
+
+
+class TestProbes:
+    def test_rankme_counts_dimensions(self):
+        basis = torch.linalg.qr(torch.randn(100, 5, generator=seeded())).Q
+        assert abs(iwm.rankme(basis) - 5) < 0.01 and iwm.rankme(torch.ones(50, 8)) < 1.01
+
+    def test_knn_and_linear_find_separable_classes_and_no_more(self):
+        labels = torch.arange(400) % 4
+        features = F.one_hot(labels, 16).float() + 0.1 * torch.randn(400, 16, generator=seeded())
+        noise = torch.randn(400, 16, generator=seeded(1))
+        for probe in (iwm.knn_accuracy, iwm.linear_accuracy):
+            assert probe(features[:200], labels[:200], features[200:], labels[200:]) > 0.99
+            assert probe(noise[:200], labels[:200], noise[200:], labels[200:]) < 0.45
+
+
+class TestShapes:
+    def test_shapes_are_deterministic_and_splits_differ(self):
+        one, same, other = train.shapes(50, 0), train.shapes(50, 0), train.shapes(50, 1)
+        assert all(torch.equal(one[name], same[name]) for name in one) and not torch.equal(one["images"], other["images"])
+
+    def test_factors_are_balanced_and_masks_show_objects(self):
+        data = train.shapes(2000, 0)
+        assert data["images"].dtype == torch.uint8 and data["images"].shape == (2000, 3, 32, 32)
+        for name, kinds in (("shape", 8), ("colour", 8), ("texture", 4), ("background", 4)):
+            assert (data[name].bincount(minlength=kinds) > 0.7 * 2000 / kinds).all()
+        covered = data["mask"].float().mean(dim=(1, 2))
+        assert 0.03 < covered.min() and covered.max() < 0.7
+
+
+TINY_FLAGS = (
+    "--width 16 --depth 1 --heads 2 --pred-width 8 --pred-depth 1 --steps 4 --batch-size 8 --measurements 2 --bank 8 --mrr-images 2"
+)
+
+
+def run(*arguments, cwd=None, script="train.py"):
+    """The script as a user calls it."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = [sys.executable, os.path.join(here, script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or here, timeout=170)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of tiny images: two classes, grey, RGBA and CMYK ones among them, one file that is no image."""
+    root = tmp_path_factory.mktemp("données d'essai")
+    for split, n in (("train", 24), ("test", 8)):
+        for label, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                mode = ("RGB", "L", "RGBA", "CMYK")[i % 4]
+                image = Image.new("RGB", (40 + i, 36), (255 * label, 10 * i, 128)).convert(mode)
+                image.save(root / split / name / f"{i}.{'png' if mode == 'RGBA' else 'jpg'}")
+    (root / "train" / "cat" / "broken.jpg").write_bytes(b"no image")
+    return root
+
+
+class TestTrain:
+    def test_a_run_leaves_its_folder_and_a_resumed_one_is_equal(self, folder, tmp_path):
+        """4 steps in one go, and the same stopped after 2 and resumed: equal weights and metrics."""
+        flags = f"--data {{}} --preset cifar {TINY_FLAGS}".split()
+        flags[1] = folder
+        whole = run(*flags, "--out", tmp_path / "whole")
+        assert whole.returncode == 0, whole.stderr
+        assert "broken.jpg" in whole.stderr and "skipped 1 of 49" in whole.stderr
+        assert "MRR" in whole.stdout and "random init" in whole.stdout
+        names = {path.name for path in (tmp_path / "whole").iterdir()}
+        assert {"config.json", "metrics.jsonl", "result.json", "last.pt", "views.png", "retrieval.png"} <= names
+        lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 2, 4]
+        assert {"images", "seconds", "loss", "target_std", "rankme", "mrr", "chance", "hit1", "knn", "linear", "error_hue"} <= set(lines[0])
+        assert json.loads((tmp_path / "whole" / "config.json").read_text())["pred_depth"] == 1
+
+        again = run(*flags, "--out", tmp_path / "whole")
+        assert again.returncode == 2 and "--resume" in again.stderr and "Traceback" not in again.stderr
+        other = run(*flags, "--lr", "0.1", "--resume", "--out", tmp_path / "whole")
+        assert other.returncode == 2 and "lr" in other.stderr
+
+        stopped = subprocess.run([sys.executable, "-c", (
+            "import sys, os, signal, iwm, train\n"
+            "step = iwm.IWM.update_teacher\n"
+            "calls = []\n"
+            "def counted(self, momentum):\n"
+            "    calls.append(step(self, momentum))\n"
+            "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGINT)\n"
+            "iwm.IWM.update_teacher = counted\n"
+            "train.main()\n"), *map(str, flags), "--out", tmp_path / "parts"], capture_output=True, text=True, timeout=170)  # fmt: skip
+        assert stopped.returncode == 130 and "--resume" in stopped.stdout, stopped.stderr
+        rest = run("--out", tmp_path / "parts", "--resume")
+        assert rest.returncode == 0, rest.stderr
+        a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+        for name, weight in a["model"].items():
+            assert torch.equal(weight, b["model"][name]), f"{name} differs after --resume"
+        drop = lambda metrics: [{k: v for k, v in m.items() if k != "seconds"} for m in metrics]
+        assert str(drop(a["metrics"])) == str(drop(b["metrics"]))
+
+        (tmp_path / "parts" / "last.pt").write_bytes(b"damaged")
+        damaged = run("--out", tmp_path / "parts", "--resume")
+        assert damaged.returncode == 2 and "last.pt" in damaged.stderr and "Traceback" not in damaged.stderr
+
+    @pytest.mark.parametrize("flags, named", [
+        (["--conditioning", "film"], "conditioning"), (["--patch", "5"], "patch"), (["--steps", "0"], "steps"),
+        (["--data", "no/such/folder"], "no/such/folder"), (["--device", "abacus"], "abacus"), (["--lr", "nan"], "lr"),
+        (["--batch-size", "30000", "--preset", "shapes"], "batch_size"), (["--nonsense"], "--nonsense"),
+    ])  # fmt: skip
+    def test_a_wrong_flag_is_one_clear_line(self, flags, named, tmp_path):
+        result = run(*flags, "--out", tmp_path / "run")
+        assert result.returncode == 2 and named in result.stderr and "Traceback" not in result.stderr
+        assert not (tmp_path / "run").exists(), "nothing may be written before the flags are checked"
+
+    def test_a_folder_without_images_is_one_clear_line(self, tmp_path):
+        for split in ("train", "test"):
+            (tmp_path / "d" / split / "cat").mkdir(parents=True)
+        result = run("--data", tmp_path / "d", "--out", tmp_path / "run")
+        assert result.returncode == 2 and "no images" in result.stderr and "Traceback" not in result.stderr
+
+    def test_help_explains_every_setting(self):
+        result = run("--help")
+        assert result.returncode == 0
+        for name in iwm.Config.__dataclass_fields__:
+            assert "--" + name.replace("_", "-") in result.stdout
+
+
+class TestPaperScale:
+    def test_the_paper_preset_steps_on_one_image(self):
+        """ViT-B/16 with the 18 x 384 predictor, forward and backward."""
+        model = iwm.IWM(iwm.PRESETS["paper"])
+        loss = model.loss(torch.rand(1, 3, 224, 224), seeded())
+        loss.backward()
+        assert loss.isfinite() and sum(p.numel() for p in model.predictor.parameters()) in range(30_000_000, 36_000_000)

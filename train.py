@@ -1,0 +1,510 @@
+"""Learn an image world model, measure it and show it.
+
+    python train.py                                   # embedded data, no download, CPU or GPU
+    python train.py --data cifar10                    # downloads through torchvision
+    python train.py --data path/to/folder             # train/<class>/*.jpg and test/<class>/*.jpg (or val/)
+    python train.py --conditioning none               # an ablation is one flag: see --help
+    python train.py --out runs/shapes --resume        # go on with a run that was stopped
+
+A run folder holds config.json, metrics.jsonl (a JSON object a measurement, on held-out training images), result.json
+(the test images, read once at the end), last.pt, views.png, retrieval.png and, with matplotlib, curves.png.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+import iwm
+from iwm import IWM, JITTER, PRESETS, Config
+
+
+def die(message: str):
+    """One clear line and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: uint8 images [n, 3, S, S] and int64 labels [n] for three splits. train is trained on, val (held-out training
+# images) is measured while training and serves every choice, test is read once at the end
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHAPES = ("disc", "square", "triangle", "star", "ring", "cross", "crescent", "heart")
+TEXTURES = ("plain", "stripes", "checks", "noise")
+COLOURS = 8  # bins of the object's hue
+
+
+def shapes(n: int, seed: int, size: int = 32) -> dict[str, Tensor]:
+    """Objects on textured, lit backgrounds: coloured, turned, shifted and scaled at random.
+
+    Returns images [n, 3, size, size] uint8 and the factors they were made from: shape, colour (bin of the object's
+    hue), texture and background [n] int64, and the object's mask [n, size, size] bool.
+    """
+    chunks = [_shapes(min(1000, n - i), torch.Generator().manual_seed(seed * 1_000_003 + i), size) for i in range(0, n, 1000)]
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _shapes(n: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
+
+    def choose(kinds, options):  # [n], list of [n, size, size] -> [n, size, size]
+        return torch.stack(options, dim=1)[torch.arange(n), kinds]
+
+    def paint(hue, saturation, value):  # -> [n, 3, 1, 1]
+        red = torch.stack([value, value * (1 - saturation), value * (1 - saturation)], dim=1)
+        return iwm.shift_hue(red, hue)
+
+    def pattern(kinds):  # lightness of a texture in -1..1
+        turn, phase, frequency = uniform(0, math.pi), uniform(0, 2 * math.pi), uniform(5, 9)
+        wave = torch.sin(frequency * (x * turn.cos() + y * turn.sin()) + phase)
+        across = torch.sin(frequency * (y * turn.cos() - x * turn.sin()))
+        noise = F.interpolate(torch.randn(n, 1, 9, 9, generator=generator), (size, size), mode="bilinear")[:, 0]
+        return choose(kinds, [0 * wave, (3 * wave).clamp(-1, 1), (4 * wave * across).clamp(-1, 1), noise.clamp(-1, 1)])
+
+    def ramp():  # -1..1 across the image in a random direction
+        turn = uniform(0, 2 * math.pi)
+        return (x * turn.cos() + y * turn.sin()) / math.sqrt(2)
+
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    shape = torch.randint(len(SHAPES), (n,), generator=generator)
+    texture, background = torch.randint(len(TEXTURES), (2, n), generator=generator)
+
+    # the object in its own coordinates (u, v); each function is positive inside and about the distance to its edge
+    radius, turn = uniform(0.45, 0.75), uniform(0, 2 * math.pi)
+    dx, dy = x - uniform(-0.3, 0.3), y - uniform(-0.3, 0.3)
+    u, v = (dx * turn.cos() + dy * turn.sin()) / radius, (dy * turn.cos() - dx * turn.sin()) / radius
+    r, angle = (u * u + v * v).sqrt(), torch.atan2(v, u)
+    box = torch.maximum(u.abs(), v.abs())
+    inside = {
+        "disc": 0.85 - r,
+        "square": 0.78 - box,
+        "triangle": 0.5 - torch.stack([v, 0.866 * u - 0.5 * v, -0.866 * u - 0.5 * v]).amax(dim=0),
+        "star": 0.72 + 0.27 * torch.cos(5 * angle) - r,
+        "ring": 0.24 - (r - 0.74).abs(),
+        "cross": torch.minimum(0.92 - box, 0.3 - torch.minimum(u.abs(), v.abs())),
+        "crescent": torch.minimum(0.95 - r, ((u - 0.45) ** 2 + v * v).sqrt() - 0.68),
+        "heart": 0.56 * (1 - (1.05 * u) ** 2 - (1.2 * (v + 0.1) - 0.75 * u.abs().sqrt()) ** 2),
+    }
+    mask = (choose(shape, [inside[name] for name in SHAPES]) * radius * size / 2 + 0.5).clamp(0, 1)  # soft edges
+
+    hue = uniform(0, 1)
+    thing = paint(hue, uniform(0.5, 1), uniform(0.55, 1)) * (1 + 0.35 * pattern(texture)).unsqueeze(1)
+    one, other = (paint(uniform(0, 1), uniform(0.1, 0.7), uniform(0.25, 0.85)) for _ in range(2))
+    scene = torch.lerp(one, other, (0.5 + 0.5 * ramp()).unsqueeze(1)) * (1 + 0.3 * pattern(background)).unsqueeze(1)
+    light = 1 + uniform(0, 0.5) * ramp()
+    images = torch.lerp(scene, thing, mask.unsqueeze(1)) * light.unsqueeze(1)
+    images = (images + 0.02 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    return {"images": (255 * images).round().byte(), "shape": shape, "colour": (hue.flatten() * COLOURS).long(),
+            "texture": texture, "background": background, "mask": mask > 0.5}  # fmt: skip
+
+
+def read_folder(folder: Path, size: int, classes: list[str]) -> tuple[Tensor, Tensor]:
+    """Decode folder/<class>/* once, to RGB, shorter side resized to `size`, middle cut out. Bad files are named."""
+    suffixes = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
+    files = [
+        (file, label) for label, name in enumerate(classes) for file in sorted((folder / name).glob("*"))
+        if file.suffix.lower() in suffixes and not file.name.startswith(".")
+    ]  # fmt: skip
+    if not files:
+        die(f"{folder} has no images: put them at {folder}/<class>/*.jpg")
+
+    def decode(item):
+        try:
+            with Image.open(item[0]) as image:
+                image = torchvision.transforms.functional.resize(image.convert("RGB"), size)
+                return np.asarray(torchvision.transforms.functional.center_crop(image, size))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            tqdm.write(f"skipped {item[0]}: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = list(tqdm(pool.map(decode, files), total=len(files), desc=f"reading {folder}", leave=False))
+    good = [i for i, image in enumerate(images) if image is not None]
+    if len(good) < len(files):
+        print(f"skipped {len(files) - len(good)} of {len(files)} images of {folder}: they cannot be read", file=sys.stderr)
+    if not good:
+        die(f"{folder} has no readable image")
+    stacked = torch.from_numpy(np.stack([images[i] for i in good]))
+    return stacked.permute(0, 3, 1, 2).contiguous(), torch.tensor([files[i][1] for i in good])
+
+
+def load_data(config: Config, device) -> dict[str, tuple[Tensor, Tensor]]:
+    """{"train" | "val" | "test": (images [n, 3, S, S] uint8, labels [n] int64)}, all on the device."""
+    if config.data == "shapes":
+        made = {split: shapes(n, seed, config.image_size) for seed, (split, n) in
+                enumerate({"train": 20_000, "val": 2_000, "test": 2_000}.items())}  # fmt: skip
+        return {split: (d["images"].to(device), d["shape"].to(device)) for split, d in made.items()}
+    if config.data in ("cifar10", "cifar100"):
+        data = {}
+        for split in ("train", "test"):
+            try:
+                found = getattr(torchvision.datasets, config.data.upper())("data", train=split == "train", download=True)
+            except (OSError, RuntimeError) as error:
+                die(f"{config.data} is not in ./data and cannot be downloaded ({error}): check the network, or try --data shapes")
+            images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
+            if config.image_size != 32:
+                images = F.interpolate(images, size=config.image_size, mode="bilinear", antialias=True)
+            data[split] = images.contiguous(), torch.tensor(found.targets)
+    else:
+        root = Path(config.data)
+        if not config.data or not (root / "train").is_dir():
+            die(f"--data {config.data!r} is neither shapes, cifar10, cifar100 nor a folder that has train/<class>/*.jpg")
+        test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+        if test is None:
+            die(f"{root} has no test/ or val/ beside train/: measures need images that were not trained on")
+        classes, test_classes = (
+            sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")) for folder in (root / "train", test)
+        )
+        if unknown := set(test_classes) - set(classes):
+            die(f"{test} has classes that {root / 'train'} has not: {', '.join(sorted(unknown)[:5])}")
+        data = {"train": read_folder(root / "train", config.image_size, classes), "test": read_folder(test, config.image_size, classes)}
+    # a tenth of the training images, the same for every seed, is held out
+    images, labels = data["train"]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    held = min(len(order) // 10, 5000)
+    if held < 1:
+        die(f"{config.data} has {len(images)} training images: at least 10 are needed")
+    data["val"], data["train"] = (images[order[:held]], labels[order[:held]]), (images[order[held:]], labels[order[held:]])
+    return {split: (images.to(device), labels.to(device)) for split, (images, labels) in data.items()}
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float 0..1."""
+    return images.float() / 255
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures and pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def autocast(config: Config, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type != "mps")
+
+
+@torch.no_grad()
+def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: int) -> dict[str, float]:
+    """World-model measures on the clean images of a split; probes of the mean-pooled teacher, trained on train."""
+    device = data[split][0].device
+    with autocast(model.config, device):
+        result = iwm.measure_world_model(
+            model, to_float(data[split][0][:mrr_images]), torch.Generator(device).manual_seed(0)
+        )
+        pooled = {
+            name: torch.cat([model.teacher(to_float(batch)).float().mean(dim=1) for batch in data[name][0][:probe_images].split(250)])
+            for name in ("train", split)
+        }
+        result["target_std"] = model.targets(to_float(data[split][0][:500])).std(dim=(0, 1)).mean().item()
+    result["rankme"] = iwm.rankme(pooled[split])
+    probe = pooled["train"], data["train"][1][:probe_images], pooled[split], data[split][1][:probe_images]
+    return result | {"knn": iwm.knn_accuracy(*probe), "linear": iwm.linear_accuracy(*probe)}
+
+
+def in_words(changes: Tensor, flags=()) -> str:
+    """Non-zero jitter changes [4] and destructive flags, one a line."""
+    words = [f"{name} {change:+.2f}" for name, change in zip(JITTER, changes.tolist()) if abs(change) >= 0.005]
+    words += [name for name, flag in zip(iwm.ACTION[4:], flags) if flag]
+    return "\n".join(words) or "nothing"
+
+
+def sheet(rows: list[list], path: Path, tile: int = 96):
+    """Draw rows of cells: an image [3, S, S] in 0..1, (image, frame colour), or text."""
+    font = ImageFont.load_default()
+    columns = max(len(row) for row in rows)
+    heights = [tile if any(not isinstance(cell, str) for cell in row) else 20 for row in rows]
+    page = Image.new("RGB", (columns * (tile + 6) + 6, sum(heights) + 6 * len(rows) + 6), "white")
+    draw, top = ImageDraw.Draw(page), 6
+    for row, height in zip(rows, heights):
+        for i, cell in enumerate(row):
+            left = 6 + i * (tile + 6)
+            if isinstance(cell, str):
+                draw.multiline_text((left, top + 4), cell, fill="black", font=font)
+                continue
+            image, frame = cell if isinstance(cell, tuple) else (cell, None)
+            picture = torchvision.transforms.functional.to_pil_image(image.float().clamp(0, 1).cpu())
+            page.paste(picture.resize((tile, tile), Image.Resampling.NEAREST), (left, top))
+            if frame:
+                draw.rectangle((left - 2, top - 2, left + tile + 1, top + tile + 1), outline=frame, width=3)
+        top += height + 6
+    page.save(path)
+
+
+@torch.no_grad()
+def draw_views(images: Tensor, config: Config, path: Path):
+    """source | source's context | target | the action in words, for clean images [B, 3, S, S] in 0..1."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    source, target, action = iwm.make_views(images, config, generator)
+    _, masked = iwm.sample_masks(len(images), config.grid, config, generator, images.device)
+    seen = torch.ones(len(images), config.grid**2, device=images.device).scatter_(1, masked, 0)
+    seen = seen.view(-1, 1, config.grid, config.grid).repeat_interleave(config.patch, 2).repeat_interleave(config.patch, 3)
+    changes = action[:, :4] * config.jitter_strengths.to(action)
+    rows = [["image", "source x", "context of x", "target y", "action x -> y"]]
+    for i in range(len(images)):
+        context = source[i] * seen[i] + 0.5 * (1 - seen[i])
+        rows.append([images[i], source[i], context, target[i], in_words(changes[i], action[i, 4:])])
+    sheet(rows, path)
+
+
+@torch.no_grad()
+def draw_retrieval(model: IWM, images: Tensor, path: Path):
+    """Uncurated: an image, an action, the nearest neighbour in the bank of what is imagined, the truth; then sweeps."""
+    config, generator = model.config, torch.Generator(images.device).manual_seed(1)
+    identity = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    rows = [["image", "action", "nearest", "truth", "", "image", "action", "nearest", "truth"]]
+    cells = []
+    with autocast(config, images.device):
+        for image in images.split(1):
+            params = iwm.jitter_params(config.bank, config, generator, image.device, always=True)
+            pictures, bank, imagined = iwm.variants(model, image, params)
+            nearest = torch.cdist(imagined[:1].flatten(1), bank.flatten(1)).argmin().item()
+            rank = iwm.ranks(imagined, bank)[0].item()
+            words = in_words(params[0].cpu() - identity) + f"\n\nrank {rank:g} of {config.bank}"
+            cells.append([image[0], words, (pictures[nearest], "limegreen" if nearest == 0 else "red"), pictures[0]])
+        rows += [left + [""] + right for left, right in zip(cells[::2], cells[1::2])]
+        for i, name in enumerate(JITTER):
+            pictures, bank, imagined = iwm.variants(model, images[:1], iwm.sweep_params(i, config, n=8))
+            nearest = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).tolist()
+            rows.append([f"{name}:\ntrue variants", *pictures])
+            rows.append(["nearest to the\nimagined ones"] + [(pictures[j], "limegreen" if j == k else "red") for k, j in enumerate(nearest)])
+    sheet(rows, path)
+
+
+def draw_curves(metrics: list[dict], path: Path):
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    names = ["loss", "target_std", "rankme", "mrr", "knn", "linear", "component errors"]
+    figure, axes = plt.subplots(2, 4, figsize=(13, 5.5), layout="constrained")
+    x = [m["images"] for m in metrics]
+    for axis, name in zip(axes.flat, names):
+        for key in [f"error_{n}" for n in JITTER] if name == "component errors" else [name]:
+            axis.plot(x, [m[key] if m[key] is not None else math.nan for m in metrics], marker=".", label=key.removeprefix("error_"))
+        axis.set(title=name, xlabel="images seen")
+        if name == "mrr":
+            axis.axhline(metrics[0]["chance"], color="gray", linestyle="--", label="chance")
+            axis.set_ylim(bottom=0)
+        if name in ("mrr", "component errors"):
+            axis.legend()
+    axes.flat[-1].axis("off")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder and the command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_whole(path: Path, write):
+    """Write aside, then rename: a reader never sees half a file, and a full disk leaves the old one whole."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+        aside.unlink(missing_ok=True)
+        die(f"cannot write {path}: {error}")
+
+
+def parse(argv=None) -> tuple[Config, argparse.Namespace]:
+    """Command line -> configuration (preset, then flags) and run options (out, device, resume)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, help="defaults to start from; without it --data chooses: shapes, cifar* -> cifar, a folder -> imagenet100")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ from it)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
+    for f in fields(Config):
+        flag = "--" + f.name.replace("_", "-")
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default {f.default})", **kind)
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    data = given.get("data", "shapes")
+    preset = args.preset or {"shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}.get(data, "imagenet100")
+    base = PRESETS[preset]
+    if args.out is None:
+        changed = [f"{n}={Path(str(v)).name}" for n, v in given.items() if v != getattr(base, n)]
+        args.out = Path("runs") / ",".join([preset, *changed])
+    try:
+        if args.resume and (args.out / "config.json").exists():
+            base = Config(**json.loads((args.out / "config.json").read_text()))
+            differing = [f"{n} is {getattr(base, n)!r} there, {v!r} here" for n, v in given.items() if v != getattr(base, n)]
+            if differing:
+                die(f"{args.out} is a run with another configuration ({'; '.join(differing)}): choose another --out")
+        config = replace(base, **given)
+    except (ValueError, TypeError, OSError) as error:
+        die(f"{error}")
+    if (args.out / "config.json").exists() and not args.resume:
+        die(f"{args.out} holds a run already: add --resume to go on with it, or choose another --out")
+    return config, args
+
+
+def choose_device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        die(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
+
+
+def schedule(step: int, config: Config) -> tuple[float, float, float]:
+    """Learning rate (linear warm-up, cosine to 1e-6), weight decay (cosine), teacher's momentum (linear to 1)."""
+    warmup, done = config.warmup * config.steps, step / config.steps
+    falling = 0.5 * (1 + math.cos(math.pi * max(step - warmup, 0) / max(config.steps - warmup, 1)))
+    lr = config.lr * (step + 1) / warmup if step + 1 < warmup else 1e-6 + (config.lr - 1e-6) * falling
+    weight_decay = config.weight_decay_end + (config.weight_decay - config.weight_decay_end) * 0.5 * (1 + math.cos(math.pi * done))
+    return lr, weight_decay, config.ema + (1 - config.ema) * done
+
+
+def make_optimizer(model: IWM, config: Config) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, not on biases, norms and the mask token (I-JEPA)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def main():
+    config, args = parse()
+    device = choose_device(args.device)
+    torch.set_float32_matmul_precision("high")
+    data = load_data(config, device)
+    train_images = data["train"][0]
+    per_epoch = len(train_images) // config.batch_size
+    if per_epoch == 0:
+        die(f"batch_size {config.batch_size} is larger than the {len(train_images)} training images: lower it")
+
+    torch.manual_seed(config.seed)
+    model = IWM(config).to(device)
+    optimizer = make_optimizer(model, config)
+    start, seconds, metrics, losses = 0, 0.0, [], []
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        die(f"cannot make the run folder {args.out}: {error}")
+    if args.resume and (args.out / "last.pt").exists():
+        try:
+            state = torch.load(args.out / "last.pt", map_location=device, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            start, seconds, metrics, losses = (state[name] for name in ("step", "seconds", "metrics", "losses"))
+        except Exception as error:  # a damaged file can raise anything
+            die(f"{args.out / 'last.pt'} is not a checkpoint of this run: {str(error).splitlines()[0]}")
+    write_whole(args.out / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
+
+    def save(step):
+        state = {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                 "seconds": clock(), "metrics": metrics, "losses": losses}  # fmt: skip
+        write_whole(args.out / "last.pt", lambda path: torch.save(state, path))
+        write_whole(args.out / "metrics.jsonl", lambda path: path.write_text("".join(json.dumps(m) + "\n" for m in metrics)))
+
+    began = time.monotonic() - seconds
+
+    def clock():
+        return round(time.monotonic() - began, 1)
+
+    def record(step):
+        """Measure, append to the metrics, refresh the pictures, save."""
+        loss = torch.tensor(losses).mean().item() if losses else None
+        metrics.append({"step": step, "images": step * config.batch_size, "seconds": clock(), "loss": loss})
+        metrics[-1] |= measure(model, data, "val", min(config.mrr_images, 16), 4000)
+        losses.clear()
+        save(step)
+        images = to_float(data["val"][0][:12])
+        draw_views(images[:8], config, args.out / "views.png")
+        draw_retrieval(model, images, args.out / "retrieval.png")
+        draw_curves(metrics, args.out / "curves.png")
+
+    stopped = []  # a signal asks the loop to stop after its step; a second one kills
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
+    parameters = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.predictor)]
+    print(f"{args.out}: encoder {parameters[0]:.2f}M, predictor {parameters[1]:.2f}M parameters, {len(train_images)} images, {device}")
+    if start == 0:
+        record(0)
+    generator = torch.Generator(device)
+    bar = tqdm(total=config.steps * config.batch_size, initial=start * config.batch_size, unit=" images", unit_scale=True, smoothing=0.05)
+    running, saved = [], time.monotonic()
+    for step in range(start, config.steps):
+        # everything random in a step follows from (seed, step), so a resumed run repeats what it would have been
+        if step % per_epoch == 0 or step == start:
+            epoch = torch.Generator().manual_seed(config.seed * 10**8 + step // per_epoch)
+            order = torch.randperm(len(train_images), generator=epoch).to(device)
+        generator.manual_seed(config.seed * 10**8 + step)
+        batch = order[step % per_epoch * config.batch_size :][: config.batch_size]
+
+        with autocast(config, device):
+            loss = model.loss(to_float(train_images[batch]), generator)
+        loss.backward()
+        lr, weight_decay, momentum = schedule(step, config)
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_teacher(momentum)
+
+        running.append(loss.detach())
+        bar.update(config.batch_size)
+        step += 1
+        measuring = step * config.measurements // config.steps > (step - 1) * config.measurements // config.steps
+        if len(running) == 20 or measuring or stopped:  # the only place where the host waits for the device
+            losses += torch.stack(running).tolist()
+            running.clear()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", mrr=f"{metrics[-1]['mrr']:.3f}")
+            if not math.isfinite(losses[-1]):
+                die(f"the loss is {losses[-1]} at step {step}, lr {lr:.2g}: lower --lr; {args.out / 'last.pt'} is from before")
+            if time.monotonic() - saved > 120 and not measuring:
+                save(step)
+                saved = time.monotonic()
+        if stopped:
+            save(step)
+            bar.close()
+            print(f"stopped at step {step} of {config.steps}, saved. Go on with: python train.py --out {args.out} --resume")
+            sys.exit(128 + stopped[0])
+        if measuring:
+            record(step)
+    bar.close()
+    report(model, data, config, args.out, clock())
+
+
+def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
+    """The last table: the trained network and a randomly initialised one on the test images."""
+    device = data["test"][0].device
+    torch.manual_seed(config.seed)
+    result = {}
+    for name, network in (("trained", model), ("random", IWM(config).to(device))):
+        result[name] = measure(network, data, "test", config.mrr_images, 10_000)
+    result |= {"config": asdict(config), "seconds": seconds}
+    write_whole(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+    classes = int(data["train"][1].max()) + 1
+    print(f"\n{'test images':24} {'this run':>9} {'random init':>12} {'chance':>8}")
+    rows = [("mrr", f"MRR (bank of {config.bank})", iwm.chance(config.bank)), ("hit1", "H@1", 1 / config.bank),
+            ("knn", "kNN accuracy", 1 / classes), ("linear", "linear probe accuracy", 1 / classes)]  # fmt: skip
+    for key, label, by_chance in rows:
+        print(f"{label:24} {result['trained'][key]:9.4f} {result['random'][key]:12.4f} {by_chance:8.4f}")
+    print(f"\n{seconds / 60:.1f} minutes; pictures, metrics and last.pt in {out}")
+
+
+if __name__ == "__main__":
+    main()
