@@ -71,10 +71,10 @@ def _shapes(n: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
         return iwm.shift_hue(red, hue)
 
     def pattern(kinds):  # lightness of a texture in -1..1
-        turn, phase, frequency = uniform(0, math.pi), uniform(0, 2 * math.pi), uniform(5, 9)
+        turn, phase, frequency = uniform(0, math.pi), uniform(0, 2 * math.pi), uniform(4, 7)
         wave = torch.sin(frequency * (x * turn.cos() + y * turn.sin()) + phase)
         across = torch.sin(frequency * (y * turn.cos() - x * turn.sin()))
-        noise = F.interpolate(torch.randn(n, 1, 9, 9, generator=generator), (size, size), mode="bilinear")[:, 0]
+        noise = F.interpolate(torch.randn(n, 1, 6, 6, generator=generator), (size, size), mode="bilinear")[:, 0]
         return choose(kinds, [0 * wave, (3 * wave).clamp(-1, 1), (4 * wave * across).clamp(-1, 1), noise.clamp(-1, 1)])
 
     def ramp():  # -1..1 across the image in a random direction
@@ -105,12 +105,12 @@ def _shapes(n: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
     mask = (choose(shape, [inside[name] for name in SHAPES]) * radius * size / 2 + 0.5).clamp(0, 1)  # soft edges
 
     hue = uniform(0, 1)
-    thing = paint(hue, uniform(0.5, 1), uniform(0.55, 1)) * (1 + 0.35 * pattern(texture)).unsqueeze(1)
+    thing = paint(hue, uniform(0.5, 1), uniform(0.55, 1)) * (1 + 0.25 * pattern(texture)).unsqueeze(1)
     one, other = (paint(uniform(0, 1), uniform(0.1, 0.7), uniform(0.25, 0.85)) for _ in range(2))
-    scene = torch.lerp(one, other, (0.5 + 0.5 * ramp()).unsqueeze(1)) * (1 + 0.3 * pattern(background)).unsqueeze(1)
+    scene = torch.lerp(one, other, (0.5 + 0.5 * ramp()).unsqueeze(1)) * (1 + 0.15 * pattern(background)).unsqueeze(1)
     light = 1 + uniform(0, 0.5) * ramp()
     images = torch.lerp(scene, thing, mask.unsqueeze(1)) * light.unsqueeze(1)
-    images = (images + 0.02 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    images = (images + 0.01 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
     return {"images": (255 * images).round().byte(), "shape": shape, "colour": (hue.flatten() * COLOURS).long(),
             "texture": texture, "background": background, "mask": mask > 0.5}  # fmt: skip
 
@@ -275,13 +275,13 @@ def draw_retrieval(model: IWM, images: Tensor, path: Path):
             nearest = torch.cdist(imagined[:1].flatten(1), bank.flatten(1)).argmin().item()
             rank = iwm.ranks(imagined, bank)[0].item()
             words = in_words(params[0].cpu() - identity) + f"\n\nrank {rank:g} of {config.bank}"
-            cells.append([image[0], words, (pictures[nearest], "limegreen" if nearest == 0 else "red"), pictures[0]])
+            cells.append([image[0], words, (pictures[nearest], "limegreen" if nearest == 0 else None), pictures[0]])
         rows += [left + [""] + right for left, right in zip(cells[::2], cells[1::2])]
         for i, name in enumerate(JITTER):
             pictures, bank, imagined = iwm.variants(model, images[:1], iwm.sweep_params(i, config, n=8))
             nearest = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).tolist()
             rows.append([f"{name}:\ntrue variants", *pictures])
-            rows.append(["nearest to the\nimagined ones"] + [(pictures[j], "limegreen" if j == k else "red") for k, j in enumerate(nearest)])
+            rows.append(["nearest to the\nimagined ones"] + [(pictures[j], "limegreen" if j == k else None) for k, j in enumerate(nearest)])
     sheet(rows, path)
 
 
