@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 JITTER = ("brightness", "contrast", "saturation", "hue")  # the order in which they are applied, always
 ACTION = (*JITTER, "blur", "gray", "solarize")  # the 7 components of an action
+IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the jitter parameters that change nothing
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,14 +51,16 @@ def _(default, help):
 
 @dataclass
 class Config:
-    data: str = _("shapes", "shapes (made on the fly) | cifar10 | cifar100 | a folder with train/<class>/ and val/ or test/")
+    data: str = _(
+        "shapes", "shapes (made on the fly) | cifar10 | cifar100 | a folder with train/<class>/ and val/ or test/"
+    )
     image_size: int = _(32, "side of the square views, in pixels; the patch size must divide it")
     # photometric actions (paper section 3; strengths as in torchvision's ColorJitter)
     brightness: float = _(0.4, "jitter: factor drawn from 1 -+ this")
     contrast: float = _(0.4, "jitter: factor drawn from 1 -+ this")
     saturation: float = _(0.2, "jitter: factor drawn from 1 -+ this")
     hue: float = _(0.1, "jitter: shift drawn from -+ this, in turns of the colour wheel (at most 0.5)")
-    strength: float = _(1.0, "multiplies the four jitter strengths ('strong jitter': try 2); 0 turns jitter off")
+    strength: float = _(2.0, "multiplies the four jitter strengths: 1 is the paper's default, more is its strong jitter")
     jitter_prob: float = _(0.8, "probability that a view is jittered at all")
     blur_prob: float = _(0.2, "probability of blur on the source view")
     gray_prob: float = _(0.2, "probability of grayscale on the source view")
@@ -79,18 +82,18 @@ class Config:
     pred_depth: int = _(6, "blocks of the predictor")
     target_norm: bool = _(True, "layer-norm the teacher's latents before the loss")
     # optimisation
-    steps: int = _(6000, "optimiser steps")
+    steps: int = _(3000, "optimiser steps")
     batch_size: int = _(64, "images a step")
-    lr: float = _(7e-4, "peak learning rate; try lowering it when RankMe falls towards 1 (collapse)")
+    lr: float = _(1e-3, "peak learning rate; try lowering it when RankMe falls towards 1 (collapse)")
     warmup: float = _(0.1, "share of the steps in which the learning rate rises")
     weight_decay: float = _(0.04, "weight decay of AdamW at the start (none on biases and norms)")
     weight_decay_end: float = _(0.4, "weight decay at the end, reached along a cosine")
-    ema: float = _(0.99, "teacher's momentum at the start; rises linearly to 1. It averages about 1/(1-ema) steps")
+    ema: float = _(0.995, "teacher's momentum at the start; rises linearly to 1. It averages about 1/(1-ema) steps")
     seed: int = _(0, "seed of the weights, the data order, the views and the masks")
     # measuring
-    measurements: int = _(10, "how many times a run measures itself, the end included")
+    measurements: int = _(6, "how many times a run measures itself, the end included")
     bank: int = _(256, "variants V of an image that MRR ranks")
-    mrr_images: int = _(32, "held-out images that MRR averages over")
+    mrr_images: int = _(64, "held-out images that MRR averages over")
     # machine
     bf16: bool = _(True, "forward and backward in bfloat16 (weights and optimiser stay float32)")
 
@@ -116,7 +119,9 @@ class Config:
         need(self.conditioning in ("none", "sequence", "feature"),
              f"conditioning is {self.conditioning!r}: choose none, sequence or feature")  # fmt: skip
         need(self.image_size % self.patch == 0, f"patch {self.patch} does not divide image_size {self.image_size}")
-        need(self.grid >= 2, f"patch {self.patch} leaves a single patch of image_size {self.image_size}: make it smaller")
+        need(
+            self.grid >= 2, f"patch {self.patch} leaves a single patch of image_size {self.image_size}: make it smaller"
+        )
         for name in ("width", "pred_width"):
             w = getattr(self, name)
             need(w % 4 == 0 and w % self.heads == 0, f"{name} {w} must be a multiple of 4 and of heads ({self.heads})")
@@ -135,14 +140,14 @@ class Config:
 
 PRESETS = {
     "shapes": Config(),
-    "cifar": Config(data="cifar10", strength=2.0, steps=10_000, lr=1e-3, ema=0.995, mrr_images=128),
+    "cifar": Config(data="cifar10", steps=10_000, measurements=10, mrr_images=128),
     "imagenet100": Config(
         data="", image_size=160, patch=16, width=384, depth=12, heads=6, pred_width=192, pred_depth=12,
-        steps=100_000, batch_size=256, lr=1e-3, ema=0.996,
+        strength=1.0, steps=100_000, batch_size=256, ema=0.996,
     ),
     "paper": Config(
         data="", image_size=224, patch=16, width=768, depth=12, heads=12, pred_width=384, pred_depth=18,
-        steps=375_000, batch_size=1024, lr=1e-3, warmup=40 / 300, ema=0.996,
+        strength=1.0, steps=375_000, batch_size=1024, warmup=40 / 300, ema=0.996,
     ),
 }  # fmt: skip
 
@@ -239,10 +244,9 @@ def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
 
 def jitter_params(batch: int, config: Config, generator=None, device=None, always: bool = False) -> Tensor:
     """Draw jitter parameters, [B, 4]: identity with probability 1 - jitter_prob unless `always`."""
-    identity = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device)
     u = 2 * torch.rand(batch, 4, device=device, generator=generator) - 1
     on = torch.rand(batch, 1, device=device, generator=generator) < (1.0 if always else config.jitter_prob)
-    params = identity + u * config.jitter_strengths.to(device) * on
+    params = IDENTITY.to(u) + u * config.jitter_strengths.to(device) * on
     params[:, :3].clamp_(min=0)
     return params
 
@@ -532,13 +536,12 @@ def chance(variants: int) -> float:
 
 def bank_actions(params: Tensor, config: Config) -> Tensor:
     """Actions that take a clean image to variants with these jitter parameters. [V, 4] -> [V, 7]."""
-    identity = torch.tensor([1.0, 1.0, 1.0, 0.0]).to(params)
-    return make_action(identity.expand_as(params), params, params.new_zeros(len(params), 3), config)
+    return make_action(IDENTITY.to(params).expand_as(params), params, params.new_zeros(len(params), 3), config)
 
 
 def sweep_params(component: int, config: Config, n: int = 16) -> Tensor:
     """Jitter parameters that sweep one component over its range, the others at identity. -> [n, 4]."""
-    params = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(n, 1)
+    params = IDENTITY.repeat(n, 1)
     params[:, component] += torch.linspace(-1, 1, n) * config.jitter_strengths[component]
     params[:, :3].clamp_(min=0)
     return params
@@ -564,7 +567,9 @@ def measure_world_model(model: IWM, images: Tensor, generator=None) -> dict[str,
     """
     config, found, errors = model.config, [], {name: [] for name in JITTER}
     for image in images.split(1):
-        _, bank, imagined = variants(model, image, jitter_params(config.bank, config, generator, image.device, always=True))
+        _, bank, imagined = variants(
+            model, image, jitter_params(config.bank, config, generator, image.device, always=True)
+        )
         found.append(ranks(imagined, bank))
         for i, name in enumerate(JITTER):
             _, bank, imagined = variants(model, image, sweep_params(i, config))

@@ -77,7 +77,9 @@ class TestJitter:
         params[:, 3] = params[:, 3] / 2 - 0.5
         torch.testing.assert_close(iwm.jitter(images, params), self.reference(images, params), atol=1e-5, rtol=0)
 
-    @pytest.mark.parametrize("params", [(0, 1, 1, 0), (1, 0, 1, 0), (1, 1, 0, 0), (2, 2, 2, 0.5), (1, 1, 1, -0.5), (0, 0, 0, 0)])
+    @pytest.mark.parametrize(
+        "params", [(0, 1, 1, 0), (1, 0, 1, 0), (1, 1, 0, 0), (2, 2, 2, 0.5), (1, 1, 1, -0.5), (0, 0, 0, 0)]
+    )
     def test_jitter_equals_torchvision_at_the_ends_of_the_range(self, params):
         images, params = some_images(), torch.tensor(params).expand(64, 4).float()
         torch.testing.assert_close(iwm.jitter(images, params), self.reference(images, params), atol=1e-5, rtol=0)
@@ -114,7 +116,9 @@ class TestDestructive:
         low, high = iwm.blur_sigma(size)
         sigma = torch.linspace(low, high, 6)
         kernel = 2 * int(-(-3 * high // 1)) + 1
-        expected = torch.stack([TF.gaussian_blur(image, [kernel] * 2, [s] * 2) for image, s in zip(images, sigma.tolist())])
+        expected = torch.stack(
+            [TF.gaussian_blur(image, [kernel] * 2, [s] * 2) for image, s in zip(images, sigma.tolist())]
+        )
         torch.testing.assert_close(iwm.gaussian_blur(images, sigma), expected, atol=1e-5, rtol=0)
 
     def test_blur_is_visible_at_32_pixels(self):
@@ -170,7 +174,11 @@ class TestViews:
 
     def test_the_target_is_jittered_only(self):
         """Nothing destructive touches y (paper section 3): with jitter off, y is the crop while x is grey."""
-        x, y, a = iwm.make_views(some_images(), replace(TINY, **self.OFF | {"gray_prob": 1.0, "blur_prob": 1.0, "solarize_prob": 1.0}), seeded())
+        x, y, a = iwm.make_views(
+            some_images(),
+            replace(TINY, **self.OFF | {"gray_prob": 1.0, "blur_prob": 1.0, "solarize_prob": 1.0}),
+            seeded(),
+        )
         plain, _, _ = iwm.make_views(some_images(), replace(TINY, **self.OFF), seeded())
         assert torch.equal(y, plain), "blur, grayscale and solarisation belong to the source view only"
         assert (x[:, 0] == x[:, 1]).all() and not torch.equal(x, y)
@@ -205,7 +213,9 @@ class TestMasks:
     def test_masks_split_the_patches_with_the_papers_share_of_context(self, grid, share):
         context, masked = iwm.sample_masks(32, grid, TINY, seeded())
         both = torch.cat([context, masked], dim=1).sort(dim=1).values
-        assert torch.equal(both, torch.arange(grid**2).expand(32, -1)), "each patch must be either context or masked, once"
+        assert torch.equal(both, torch.arange(grid**2).expand(32, -1)), (
+            "each patch must be either context or masked, once"
+        )
         assert abs(context.shape[1] / grid**2 - share) < 0.07
 
     def test_mask_shapes_never_change(self):
@@ -249,7 +259,9 @@ class TestViT:
         """Seeing all patches in another order gives the same latents in that order."""
         model, images = tiny(), torch.rand(2, 3, 32, 32)
         order = torch.stack([torch.randperm(64, generator=seeded(s)) for s in range(2)])
-        torch.testing.assert_close(model.encoder(images, order), iwm.gather(model.encoder(images), order), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model.encoder(images, order), iwm.gather(model.encoder(images), order), atol=1e-5, rtol=0
+        )
 
     def test_patch_index_is_row_times_grid_plus_column(self):
         model = tiny(depth=1)
@@ -267,7 +279,9 @@ class TestViT:
 
     def test_attention_equals_pytorchs(self):
         q, k, v = torch.rand(3, 2, 4, 10, 8, generator=seeded())
-        torch.testing.assert_close(iwm.attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            iwm.attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=1e-6, rtol=1e-5
+        )
 
 
 class TestPredictor:
@@ -302,7 +316,10 @@ class TestPredictor:
 
     def test_without_conditioning_the_action_is_not_seen(self):
         model, (z, context, masked) = tiny(conditioning="none"), self.inputs()
-        assert torch.equal(model.predictor(z, context, masked, torch.zeros(3, 7)), model.predictor(z, context, masked, torch.ones(3, 7)))
+        assert torch.equal(
+            model.predictor(z, context, masked, torch.zeros(3, 7)),
+            model.predictor(z, context, masked, torch.ones(3, 7)),
+        )
 
     @pytest.mark.parametrize("conditioning", ["none", "sequence", "feature"])
     def test_mask_tokens_know_where_they_are(self, conditioning):
@@ -322,7 +339,9 @@ class TestIWM:
         context, masked = iwm.sample_masks(4, 8, TINY, generator)
         z_hat = model.predictor(model.encoder(x, context), context, masked, action)
         teacher = model.teacher(y)
-        h = (teacher - teacher.mean(dim=2, keepdim=True)) / (teacher.var(dim=2, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        h = (teacher - teacher.mean(dim=2, keepdim=True)) / (
+            teacher.var(dim=2, keepdim=True, unbiased=False) + 1e-5
+        ).sqrt()
         total = sum(((z_hat[i, j] - h[i, patch]) ** 2).sum() for i in range(4) for j, patch in enumerate(masked[i]))
         expected = total / (masked.numel() * 32)
         torch.testing.assert_close(model.loss(images, seeded(5)), expected, atol=1e-5, rtol=1e-5)
@@ -337,7 +356,9 @@ class TestIWM:
     def test_teacher_gets_no_gradient_encoder_and_predictor_do(self):
         model = tiny()
         model.loss(torch.rand(4, 3, 32, 32), seeded()).backward()
-        assert all(p.grad is None for p in model.teacher.parameters()), "the teacher received gradients: detach its output"
+        assert all(p.grad is None for p in model.teacher.parameters()), (
+            "the teacher received gradients: detach its output"
+        )
         for part in (model.encoder, model.predictor):
             missing = [name for name, p in part.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
             assert not missing, f"no gradient reaches {missing}"
@@ -439,7 +460,9 @@ class TestProbes:
 class TestShapes:
     def test_shapes_are_deterministic_and_splits_differ(self):
         one, same, other = train.shapes(50, 0), train.shapes(50, 0), train.shapes(50, 1)
-        assert all(torch.equal(one[name], same[name]) for name in one) and not torch.equal(one["images"], other["images"])
+        assert all(torch.equal(one[name], same[name]) for name in one) and not torch.equal(
+            one["images"], other["images"]
+        )
 
     def test_factors_are_balanced_and_masks_show_objects(self):
         data = train.shapes(2000, 0)
@@ -450,9 +473,7 @@ class TestShapes:
         assert 0.03 < covered.min() and covered.max() < 0.7
 
 
-TINY_FLAGS = (
-    "--width 16 --depth 1 --heads 2 --pred-width 8 --pred-depth 1 --steps 4 --batch-size 8 --measurements 2 --bank 8 --mrr-images 2"
-)
+TINY_FLAGS = "--width 16 --depth 1 --heads 2 --pred-width 8 --pred-depth 1 --steps 4 --batch-size 8 --measurements 2 --bank 8 --mrr-images 2"
 
 
 def run(*arguments, cwd=None, script="train.py"):
@@ -490,7 +511,19 @@ class TestTrain:
         assert {"config.json", "metrics.jsonl", "result.json", "last.pt", "views.png", "retrieval.png"} <= names
         lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [0, 2, 4]
-        assert {"images", "seconds", "loss", "target_std", "rankme", "mrr", "chance", "hit1", "knn", "linear", "error_hue"} <= set(lines[0])
+        assert {
+            "images",
+            "seconds",
+            "loss",
+            "target_std",
+            "rankme",
+            "mrr",
+            "chance",
+            "hit1",
+            "knn",
+            "linear",
+            "error_hue",
+        } <= set(lines[0])
         assert json.loads((tmp_path / "whole" / "config.json").read_text())["pred_depth"] == 1
 
         again = run(*flags, "--out", tmp_path / "whole")

@@ -27,16 +27,36 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+try:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+except ImportError:
+    plt = None
+
 import iwm
-from iwm import IWM, JITTER, PRESETS, Config
+from iwm import IDENTITY, IWM, JITTER, PRESETS, Config
 
 
 def die(message: str):
     """One clear line and exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def write_whole(path: Path, write):
+    """Write aside, then rename: a reader never sees half a file, and a full disk leaves the old one whole."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+        aside.unlink(missing_ok=True)
+        die(f"cannot write {path}: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,7 +75,9 @@ def shapes(n: int, seed: int, size: int = 32) -> dict[str, Tensor]:
     Returns images [n, 3, size, size] uint8 and the factors they were made from: shape, colour (bin of the object's
     hue), texture and background [n] int64, and the object's mask [n, size, size] bool.
     """
-    chunks = [_shapes(min(1000, n - i), torch.Generator().manual_seed(seed * 1_000_003 + i), size) for i in range(0, n, 1000)]
+    chunks = [
+        _shapes(min(1000, n - i), torch.Generator().manual_seed(seed * 1_000_003 + i), size) for i in range(0, n, 1000)
+    ]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
@@ -105,10 +127,10 @@ def _shapes(n: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
     mask = (choose(shape, [inside[name] for name in SHAPES]) * radius * size / 2 + 0.5).clamp(0, 1)  # soft edges
 
     hue = uniform(0, 1)
-    thing = paint(hue, uniform(0.5, 1), uniform(0.55, 1)) * (1 + 0.25 * pattern(texture)).unsqueeze(1)
-    one, other = (paint(uniform(0, 1), uniform(0.1, 0.7), uniform(0.25, 0.85)) for _ in range(2))
+    thing = paint(hue, uniform(0.3, 0.8), uniform(0.35, 1)) * (1 + 0.25 * pattern(texture)).unsqueeze(1)
+    one, other = (paint(uniform(0, 1), uniform(0.05, 0.5), uniform(0.1, 0.9)) for _ in range(2))
     scene = torch.lerp(one, other, (0.5 + 0.5 * ramp()).unsqueeze(1)) * (1 + 0.15 * pattern(background)).unsqueeze(1)
-    light = 1 + uniform(0, 0.5) * ramp()
+    light = 1 + uniform(0, 0.6) * ramp()
     images = torch.lerp(scene, thing, mask.unsqueeze(1)) * light.unsqueeze(1)
     images = (images + 0.01 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
     return {"images": (255 * images).round().byte(), "shape": shape, "colour": (hue.flatten() * COLOURS).long(),
@@ -116,71 +138,67 @@ def _shapes(n: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
 
 
 def read_folder(folder: Path, size: int, classes: list[str]) -> tuple[Tensor, Tensor]:
-    """Decode folder/<class>/* once, to RGB, shorter side resized to `size`, middle cut out. Bad files are named."""
+    """Decode folder/<class>/* to RGB, shorter side resized to `size`, middle cut out. Bad files are named and skipped."""
     suffixes = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
-    files = [
-        (file, label) for label, name in enumerate(classes) for file in sorted((folder / name).glob("*"))
-        if file.suffix.lower() in suffixes and not file.name.startswith(".")
-    ]  # fmt: skip
-    if not files:
-        die(f"{folder} has no images: put them at {folder}/<class>/*.jpg")
+    found = [(file, label) for label, name in enumerate(classes) for file in sorted((folder / name).glob("*"))]
+    files = [(file, label) for file, label in found if file.suffix.lower() in suffixes and file.name[0] != "."]
 
     def decode(item):
         try:
             with Image.open(item[0]) as image:
-                image = torchvision.transforms.functional.resize(image.convert("RGB"), size)
-                return np.asarray(torchvision.transforms.functional.center_crop(image, size))
+                return np.asarray(TF.center_crop(TF.resize(image.convert("RGB"), size), size))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             tqdm.write(f"skipped {item[0]}: {error}", file=sys.stderr)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = list(tqdm(pool.map(decode, files), total=len(files), desc=f"reading {folder}", leave=False))
-    good = [i for i, image in enumerate(images) if image is not None]
-    if len(good) < len(files):
-        print(f"skipped {len(files) - len(good)} of {len(files)} images of {folder}: they cannot be read", file=sys.stderr)
-    if not good:
-        die(f"{folder} has no readable image")
-    stacked = torch.from_numpy(np.stack([images[i] for i in good]))
-    return stacked.permute(0, 3, 1, 2).contiguous(), torch.tensor([files[i][1] for i in good])
+        decoded = list(tqdm(pool.map(decode, files), total=len(files), desc=f"reading {folder}", leave=False))
+    images = [image for image in decoded if image is not None]
+    labels = [label for (_, label), image in zip(files, decoded) if image is not None]
+    if not images:
+        die(f"{folder} has no images that can be read: put them at {folder}/<class>/*.jpg")
+    if len(images) < len(files):
+        print(f"skipped {len(files) - len(images)} of {len(files)} files of {folder}", file=sys.stderr)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
 def load_data(config: Config, device) -> dict[str, tuple[Tensor, Tensor]]:
-    """{"train" | "val" | "test": (images [n, 3, S, S] uint8, labels [n] int64)}, all on the device."""
+    """{"train" | "val" | "test": (images [n, 3, S, S] uint8, labels [n] int64)}, all of it on the device."""
+    data, size = {}, config.image_size
     if config.data == "shapes":
-        made = {split: shapes(n, seed, config.image_size) for seed, (split, n) in
-                enumerate({"train": 20_000, "val": 2_000, "test": 2_000}.items())}  # fmt: skip
-        return {split: (d["images"].to(device), d["shape"].to(device)) for split, d in made.items()}
-    if config.data in ("cifar10", "cifar100"):
-        data = {}
+        for seed, (split, n) in enumerate({"train": 20_000, "val": 2_000, "test": 2_000}.items()):
+            made = shapes(n, seed, size)
+            data[split] = made["images"], made["shape"]
+    elif config.data in ("cifar10", "cifar100"):
         for split in ("train", "test"):
             try:
-                found = getattr(torchvision.datasets, config.data.upper())("data", train=split == "train", download=True)
+                found = getattr(torchvision.datasets, config.data.upper())(
+                    "data", train=split == "train", download=True
+                )
             except (OSError, RuntimeError) as error:
-                die(f"{config.data} is not in ./data and cannot be downloaded ({error}): check the network, or try --data shapes")
-            images = torch.from_numpy(found.data).permute(0, 3, 1, 2)
-            if config.image_size != 32:
-                images = F.interpolate(images, size=config.image_size, mode="bilinear", antialias=True)
+                die(f"{config.data} is not in ./data and cannot be downloaded ({error}): try --data shapes")
+            images = F.interpolate(torch.from_numpy(found.data).permute(0, 3, 1, 2), (size, size), mode="bilinear")
             data[split] = images.contiguous(), torch.tensor(found.targets)
     else:
         root = Path(config.data)
-        if not config.data or not (root / "train").is_dir():
-            die(f"--data {config.data!r} is neither shapes, cifar10, cifar100 nor a folder that has train/<class>/*.jpg")
-        test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-        if test is None:
-            die(f"{root} has no test/ or val/ beside train/: measures need images that were not trained on")
-        classes, test_classes = (
-            sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")) for folder in (root / "train", test)
-        )
-        if unknown := set(test_classes) - set(classes):
-            die(f"{test} has classes that {root / 'train'} has not: {', '.join(sorted(unknown)[:5])}")
-        data = {"train": read_folder(root / "train", config.image_size, classes), "test": read_folder(test, config.image_size, classes)}
-    # a tenth of the training images, the same for every seed, is held out
-    images, labels = data["train"]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held = min(len(order) // 10, 5000)
-    if held < 1:
-        die(f"{config.data} has {len(images)} training images: at least 10 are needed")
-    data["val"], data["train"] = (images[order[:held]], labels[order[:held]]), (images[order[held:]], labels[order[held:]])
+        test = root / "test" if (root / "test").is_dir() else root / "val"
+        if not config.data or not (root / "train").is_dir() or not test.is_dir():
+            die(
+                f"data {config.data!r} is not shapes, cifar10, cifar100 or a folder with train/<class>/ and test/ or val/"
+            )
+        classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir() and path.name[0] != ".")
+        unknown = {path.name for path in test.iterdir() if path.is_dir() and path.name[0] != "."} - set(classes)
+        if unknown:
+            die(f"{test} has classes that {root / 'train'} has not: {', '.join(sorted(unknown))}")
+        data = {split: read_folder(path, size, classes) for split, path in (("train", root / "train"), ("test", test))}
+    if "val" not in data:  # hold out a tenth of the training images, the same for every seed
+        images, labels = data["train"]
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        val, train = order.split([n := min(len(order) // 10, 5000), len(order) - n])
+        if n == 0:
+            die(f"{config.data} has {len(images)} training images: at least 10 are needed")
+        data |= {"val": (images[val], labels[val]), "train": (images[train], labels[train])}
+    if config.batch_size > len(data["train"][0]):
+        die(f"batch_size {config.batch_size} is larger than the {len(data['train'][0])} training images: lower it")
     return {split: (images.to(device), labels.to(device)) for split, (images, labels) in data.items()}
 
 
@@ -201,18 +219,17 @@ def autocast(config: Config, device: torch.device):
 @torch.no_grad()
 def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: int) -> dict[str, float]:
     """World-model measures on the clean images of a split; probes of the mean-pooled teacher, trained on train."""
-    device = data[split][0].device
-    with autocast(model.config, device):
-        result = iwm.measure_world_model(
-            model, to_float(data[split][0][:mrr_images]), torch.Generator(device).manual_seed(0)
-        )
-        pooled = {
-            name: torch.cat([model.teacher(to_float(batch)).float().mean(dim=1) for batch in data[name][0][:probe_images].split(250)])
-            for name in ("train", split)
-        }
-        result["target_std"] = model.targets(to_float(data[split][0][:500])).std(dim=(0, 1)).mean().item()
-    result["rankme"] = iwm.rankme(pooled[split])
-    probe = pooled["train"], data["train"][1][:probe_images], pooled[split], data[split][1][:probe_images]
+    (images, labels), (train_images, train_labels) = data[split], (part[:probe_images] for part in data["train"])
+    generator = torch.Generator(images.device).manual_seed(0)
+
+    def pooled(images):
+        return torch.cat([model.teacher(to_float(batch)).float().mean(dim=1) for batch in images.split(250)])
+
+    with autocast(model.config, images.device):
+        result = iwm.measure_world_model(model, to_float(images[:mrr_images]), generator)
+        result["target_std"] = model.targets(to_float(images[:500])).std(dim=(0, 1)).mean().item()
+        probe = pooled(train_images), train_labels, pooled(images), labels
+    result["rankme"] = iwm.rankme(probe[2])
     return result | {"knn": iwm.knn_accuracy(*probe), "linear": iwm.linear_accuracy(*probe)}
 
 
@@ -237,12 +254,12 @@ def sheet(rows: list[list], path: Path, tile: int = 96):
                 draw.multiline_text((left, top + 4), cell, fill="black", font=font)
                 continue
             image, frame = cell if isinstance(cell, tuple) else (cell, None)
-            picture = torchvision.transforms.functional.to_pil_image(image.float().clamp(0, 1).cpu())
+            picture = TF.to_pil_image(image.float().clamp(0, 1).cpu())
             page.paste(picture.resize((tile, tile), Image.Resampling.NEAREST), (left, top))
             if frame:
                 draw.rectangle((left - 2, top - 2, left + tile + 1, top + tile + 1), outline=frame, width=3)
         top += height + 6
-    page.save(path)
+    write_whole(path, lambda aside: page.save(aside, format="PNG"))
 
 
 @torch.no_grad()
@@ -252,7 +269,7 @@ def draw_views(images: Tensor, config: Config, path: Path):
     source, target, action = iwm.make_views(images, config, generator)
     _, masked = iwm.sample_masks(len(images), config.grid, config, generator, images.device)
     seen = torch.ones(len(images), config.grid**2, device=images.device).scatter_(1, masked, 0)
-    seen = seen.view(-1, 1, config.grid, config.grid).repeat_interleave(config.patch, 2).repeat_interleave(config.patch, 3)
+    seen = F.interpolate(seen.view(-1, 1, config.grid, config.grid), scale_factor=config.patch)  # [B, 1, S, S]
     changes = action[:, :4] * config.jitter_strengths.to(action)
     rows = [["image", "source x", "context of x", "target y", "action x -> y"]]
     for i in range(len(images)):
@@ -265,7 +282,6 @@ def draw_views(images: Tensor, config: Config, path: Path):
 def draw_retrieval(model: IWM, images: Tensor, path: Path):
     """Uncurated: an image, an action, the nearest neighbour in the bank of what is imagined, the truth; then sweeps."""
     config, generator = model.config, torch.Generator(images.device).manual_seed(1)
-    identity = torch.tensor([1.0, 1.0, 1.0, 0.0])
     rows = [["image", "action", "nearest", "truth", "", "image", "action", "nearest", "truth"]]
     cells = []
     with autocast(config, images.device):
@@ -274,39 +290,38 @@ def draw_retrieval(model: IWM, images: Tensor, path: Path):
             pictures, bank, imagined = iwm.variants(model, image, params)
             nearest = torch.cdist(imagined[:1].flatten(1), bank.flatten(1)).argmin().item()
             rank = iwm.ranks(imagined, bank)[0].item()
-            words = in_words(params[0].cpu() - identity) + f"\n\nrank {rank:g} of {config.bank}"
+            words = in_words(params[0].cpu() - IDENTITY) + f"\n\nrank {rank:g} of {config.bank}"
             cells.append([image[0], words, (pictures[nearest], "limegreen" if nearest == 0 else None), pictures[0]])
         rows += [left + [""] + right for left, right in zip(cells[::2], cells[1::2])]
+        sheet(rows[:5], path.with_name("strip.png"))
         for i, name in enumerate(JITTER):
             pictures, bank, imagined = iwm.variants(model, images[:1], iwm.sweep_params(i, config, n=8))
             nearest = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).tolist()
             rows.append([f"{name}:\ntrue variants", *pictures])
-            rows.append(["nearest to the\nimagined ones"] + [(pictures[j], "limegreen" if j == k else None) for k, j in enumerate(nearest)])
+            found = [(pictures[j], "limegreen" if j == k else None) for k, j in enumerate(nearest)]
+            rows.append(["nearest to the\nimagined ones", *found])
     sheet(rows, path)
 
 
 def draw_curves(metrics: list[dict], path: Path):
-    try:
-        import matplotlib
-    except ImportError:
+    if plt is None:
         return
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    names = ["loss", "target_std", "rankme", "mrr", "knn", "linear", "component errors"]
-    figure, axes = plt.subplots(2, 4, figsize=(13, 5.5), layout="constrained")
-    x = [m["images"] for m in metrics]
-    for axis, name in zip(axes.flat, names):
-        for key in [f"error_{n}" for n in JITTER] if name == "component errors" else [name]:
-            axis.plot(x, [m[key] if m[key] is not None else math.nan for m in metrics], marker=".", label=key.removeprefix("error_"))
-        axis.set(title=name, xlabel="images seen")
-        if name == "mrr":
-            axis.axhline(metrics[0]["chance"], color="gray", linestyle="--", label="chance")
-            axis.set_ylim(bottom=0)
-        if name in ("mrr", "component errors"):
-            axis.legend()
-    axes.flat[-1].axis("off")
-    figure.savefig(path, dpi=80)
+    panels = [
+        ["loss"],
+        ["target_std"],
+        ["rankme"],
+        ["mrr", "chance"],
+        ["knn", "linear"],
+        [f"error_{n}" for n in JITTER],
+    ]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for axis, panel in zip(axes.flat, panels):
+        for name in panel:
+            points = [(m["images"], m[name]) for m in metrics if m[name] is not None]
+            axis.plot(*zip(*points) if points else ([], []), marker=".", label=name)
+        axis.set_xlabel("images seen")
+        axis.legend()
+    write_whole(path, lambda aside: figure.savefig(aside, dpi=80, format="png"))
     plt.close(figure)
 
 
@@ -315,28 +330,23 @@ def draw_curves(metrics: list[dict], path: Path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, write):
-    """Write aside, then rename: a reader never sees half a file, and a full disk leaves the old one whole."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        write(aside)
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        aside.unlink(missing_ok=True)
-        die(f"cannot write {path}: {error}")
-
-
 def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     """Command line -> configuration (preset, then flags) and run options (out, device, resume)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="defaults to start from; without it --data chooses: shapes, cifar* -> cifar, a folder -> imagenet100")  # fmt: skip
+    parser.add_argument("--preset", choices=PRESETS, help="defaults to start from (default: the one that suits --data)")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ from it)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
     for f in fields(Config):
         flag = "--" + f.name.replace("_", "-")
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default {f.default})", **kind)
+        kind = (
+            {"action": argparse.BooleanOptionalAction}
+            if f.type is bool
+            else {"type": f.type, "metavar": f.type.__name__}
+        )
+        parser.add_argument(
+            flag, default=argparse.SUPPRESS, help=f.metadata["help"] + f" (shapes: {f.default})", **kind
+        )
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     data = given.get("data", "shapes")
@@ -348,9 +358,9 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     try:
         if args.resume and (args.out / "config.json").exists():
             base = Config(**json.loads((args.out / "config.json").read_text()))
-            differing = [f"{n} is {getattr(base, n)!r} there, {v!r} here" for n, v in given.items() if v != getattr(base, n)]
-            if differing:
-                die(f"{args.out} is a run with another configuration ({'; '.join(differing)}): choose another --out")
+            changed = [f"{n} is {getattr(base, n)} there, {v} here" for n, v in given.items() if v != getattr(base, n)]
+            if changed:
+                die(f"{args.out} is a run with another configuration ({'; '.join(changed)}): choose another --out")
         config = replace(base, **given)
     except (ValueError, TypeError, OSError) as error:
         die(f"{error}")
@@ -371,16 +381,24 @@ def choose_device(name: str | None) -> torch.device:
 def schedule(step: int, config: Config) -> tuple[float, float, float]:
     """Learning rate (linear warm-up, cosine to 1e-6), weight decay (cosine), teacher's momentum (linear to 1)."""
     warmup, done = config.warmup * config.steps, step / config.steps
-    falling = 0.5 * (1 + math.cos(math.pi * max(step - warmup, 0) / max(config.steps - warmup, 1)))
-    lr = config.lr * (step + 1) / warmup if step + 1 < warmup else 1e-6 + (config.lr - 1e-6) * falling
-    weight_decay = config.weight_decay_end + (config.weight_decay - config.weight_decay_end) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def cosine(first, last, share):
+        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
+
+    lr = cosine(config.lr, 1e-6, max(step - warmup, 0) / max(config.steps - warmup, 1))
+    if step + 1 < warmup:
+        lr = config.lr * (step + 1) / warmup
+    weight_decay = cosine(config.weight_decay, config.weight_decay_end, done)
     return lr, weight_decay, config.ema + (1 - config.ema) * done
 
 
 def make_optimizer(model: IWM, config: Config) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, not on biases, norms and the mask token (I-JEPA)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -391,8 +409,6 @@ def main():
     data = load_data(config, device)
     train_images = data["train"][0]
     per_epoch = len(train_images) // config.batch_size
-    if per_epoch == 0:
-        die(f"batch_size {config.batch_size} is larger than the {len(train_images)} training images: lower it")
 
     torch.manual_seed(config.seed)
     model = IWM(config).to(device)
@@ -416,7 +432,8 @@ def main():
         state = {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                  "seconds": clock(), "metrics": metrics, "losses": losses}  # fmt: skip
         write_whole(args.out / "last.pt", lambda path: torch.save(state, path))
-        write_whole(args.out / "metrics.jsonl", lambda path: path.write_text("".join(json.dumps(m) + "\n" for m in metrics)))
+        lines = "".join(json.dumps(m) + "\n" for m in metrics)
+        write_whole(args.out / "metrics.jsonl", lambda path: path.write_text(lines))
 
     began = time.monotonic() - seconds
 
@@ -438,12 +455,16 @@ def main():
     stopped = []  # a signal asks the loop to stop after its step; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
-    parameters = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model.predictor)]
-    print(f"{args.out}: encoder {parameters[0]:.2f}M, predictor {parameters[1]:.2f}M parameters, {len(train_images)} images, {device}")
+    encoder, predictor = (sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor))
+    print(
+        f"{args.out}: encoder {encoder:,} and predictor {predictor:,} parameters, {len(train_images)} images, {device}"
+    )
+    if plt is None:
+        print("no curves.png without matplotlib: pip install matplotlib")
     if start == 0:
         record(0)
-    generator = torch.Generator(device)
-    bar = tqdm(total=config.steps * config.batch_size, initial=start * config.batch_size, unit=" images", unit_scale=True, smoothing=0.05)
+    generator, B = torch.Generator(device), config.batch_size
+    bar = tqdm(total=config.steps * B, initial=start * B, unit=" images", unit_scale=True, smoothing=0.05)
     running, saved = [], time.monotonic()
     for step in range(start, config.steps):
         # everything random in a step follows from (seed, step), so a resumed run repeats what it would have been
@@ -451,7 +472,7 @@ def main():
             epoch = torch.Generator().manual_seed(config.seed * 10**8 + step // per_epoch)
             order = torch.randperm(len(train_images), generator=epoch).to(device)
         generator.manual_seed(config.seed * 10**8 + step)
-        batch = order[step % per_epoch * config.batch_size :][: config.batch_size]
+        batch = order[step % per_epoch * B :][:B]
 
         with autocast(config, device):
             loss = model.loss(to_float(train_images[batch]), generator)
@@ -465,7 +486,7 @@ def main():
         model.update_teacher(momentum)
 
         running.append(loss.detach())
-        bar.update(config.batch_size)
+        bar.update(B)
         step += 1
         measuring = step * config.measurements // config.steps > (step - 1) * config.measurements // config.steps
         if len(running) == 20 or measuring or stopped:  # the only place where the host waits for the device
@@ -473,14 +494,16 @@ def main():
             running.clear()
             bar.set_postfix(loss=f"{losses[-1]:.3f}", mrr=f"{metrics[-1]['mrr']:.3f}")
             if not math.isfinite(losses[-1]):
-                die(f"the loss is {losses[-1]} at step {step}, lr {lr:.2g}: lower --lr; {args.out / 'last.pt'} is from before")
+                die(
+                    f"the loss is {losses[-1]} at step {step}, lr {lr:.2g}: lower --lr ({args.out / 'last.pt'} is sound)"
+                )
             if time.monotonic() - saved > 120 and not measuring:
                 save(step)
                 saved = time.monotonic()
         if stopped:
             save(step)
             bar.close()
-            print(f"stopped at step {step} of {config.steps}, saved. Go on with: python train.py --out {args.out} --resume")
+            print(f"stopped and saved at step {step}. Go on with: python train.py --out '{args.out}' --resume")
             sys.exit(128 + stopped[0])
         if measuring:
             record(step)
