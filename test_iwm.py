@@ -23,8 +23,8 @@ import train
 
 iwm = importlib.import_module(os.environ.get("IWM", "iwm"))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-TINY = iwm.Config(width=32, depth=2, heads=2, pred_width=16, pred_depth=2, batch_size=8)
-IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])
+TINY = iwm.Config(strength=1.0, width=32, depth=2, heads=2, pred_width=16, pred_depth=2, batch_size=8)
+IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])  # brightness, contrast, saturation, hue
 
 
 def seeded(seed=0):

@@ -31,6 +31,10 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 try:
+    import resource  # not on Windows
+except ImportError:
+    resource = None
+try:
     import matplotlib
 
     matplotlib.use("agg")
@@ -487,26 +491,26 @@ def main():
 
         running.append(loss.detach())
         bar.update(B)
-        step += 1
-        measuring = step * config.measurements // config.steps > (step - 1) * config.measurements // config.steps
+        done = step + 1
+        measuring = done * config.measurements // config.steps > step * config.measurements // config.steps
         if len(running) == 20 or measuring or stopped:  # the only place where the host waits for the device
             losses += torch.stack(running).tolist()
             running.clear()
             bar.set_postfix(loss=f"{losses[-1]:.3f}", mrr=f"{metrics[-1]['mrr']:.3f}")
             if not math.isfinite(losses[-1]):
                 die(
-                    f"the loss is {losses[-1]} at step {step}, lr {lr:.2g}: lower --lr ({args.out / 'last.pt'} is sound)"
+                    f"the loss is {losses[-1]} at step {done}, lr {lr:.2g}: lower --lr ({args.out / 'last.pt'} is sound)"
                 )
             if time.monotonic() - saved > 120 and not measuring:
-                save(step)
+                save(done)
                 saved = time.monotonic()
         if stopped:
-            save(step)
+            save(done)
             bar.close()
-            print(f"stopped and saved at step {step}. Go on with: python train.py --out '{args.out}' --resume")
+            print(f"stopped and saved at step {done}. Go on with: python train.py --out '{args.out}' --resume")
             sys.exit(128 + stopped[0])
         if measuring:
-            record(step)
+            record(done)
     bar.close()
     report(model, data, config, args.out, clock())
 
@@ -518,7 +522,10 @@ def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
     result = {}
     for name, network in (("trained", model), ("random", IWM(config).to(device))):
         result[name] = measure(network, data, "test", config.mrr_images, 10_000)
-    result |= {"config": asdict(config), "seconds": seconds}
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    if memory is None and resource:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    result |= {"config": asdict(config), "seconds": seconds, "memory_gib": memory}
     write_whole(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     classes = int(data["train"][1].max()) + 1
     print(f"\n{'test images':24} {'this run':>9} {'random init':>12} {'chance':>8}")
@@ -526,7 +533,9 @@ def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
             ("knn", "kNN accuracy", 1 / classes), ("linear", "linear probe accuracy", 1 / classes)]  # fmt: skip
     for key, label, by_chance in rows:
         print(f"{label:24} {result['trained'][key]:9.4f} {result['random'][key]:12.4f} {by_chance:8.4f}")
-    print(f"\n{seconds / 60:.1f} minutes; pictures, metrics and last.pt in {out}")
+    print(
+        f"\n{seconds / 60:.1f} minutes, peak memory {memory or math.nan:.1f} GiB; pictures, metrics and last.pt in {out}"
+    )
 
 
 if __name__ == "__main__":
