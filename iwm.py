@@ -7,17 +7,17 @@ An encoder sees a masked, photometrically degraded view x of an image. A predict
 (how to get from x to the clean-ish view y) imagines the latents that an EMA teacher gives y at the masked patches.
 
     image -- crop, flip --+-- jitter, blur, gray, solarise --> x -- keep the context --> encoder f ---> z
-                          |        |                                                                    |
-                          |        +--- action a(x->y), 7 numbers -----------------------> predictor p <+
-                          |                   mask tokens (learned vector + position) ---------^  |
-                          |                                                                       v
-                          |                                                                     z_hat
-                          |                                                                       |
-                          |                                                        || z_hat - h ||^2, masked patches
-                          |                                                                       |
-                          +-- jitter ------------------------> y -- all patches --> teacher ----> h (no gradient)
-                                                                      ^
-                                                                      +-- moving average (EMA) of the encoder
+                          |             |                                                               |
+                          |             +--> action a(x->y), 7 numbers --------------> predictor p <----+
+                          |             |     mask tokens (learned vector + position) ------^  |
+                          |             |                                                      v
+                          |             |                                                    z_hat
+                          |             |                                                      |
+                          |             |                                       || z_hat - h ||^2, masked patches
+                          |             |                                                      |
+                          +---------- jitter --> y -- all patches --> teacher ---------------> h (no gradient)
+                                                                         ^
+                                                                         +-- moving average (EMA) of the encoder
 
 Symbols, the same everywhere:  B images,  N patches of an image,  K context patches,  M masked patches (K + M = N),
 D encoder width,  W predictor width,  A = 7 numbers of an action,  V variants in a bank.
@@ -60,7 +60,9 @@ class Config:
     contrast: float = _(0.4, "jitter: factor drawn from 1 -+ this")
     saturation: float = _(0.2, "jitter: factor drawn from 1 -+ this")
     hue: float = _(0.1, "jitter: shift drawn from -+ this, in turns of the colour wheel (at most 0.5)")
-    strength: float = _(2.0, "multiplies the four jitter strengths: 1 is the paper's default, more is its strong jitter")
+    strength: float = _(
+        2.0, "multiplies the four jitter strengths: 1 is the paper's default, more is its strong jitter"
+    )
     jitter_prob: float = _(0.8, "probability that a view is jittered at all")
     blur_prob: float = _(0.2, "probability of blur on the source view")
     gray_prob: float = _(0.2, "probability of grayscale on the source view")
@@ -82,7 +84,7 @@ class Config:
     pred_depth: int = _(6, "blocks of the predictor")
     target_norm: bool = _(True, "layer-norm the teacher's latents before the loss")
     # optimisation
-    steps: int = _(3000, "optimiser steps")
+    steps: int = _(2400, "optimiser steps")
     batch_size: int = _(64, "images a step")
     lr: float = _(1e-3, "peak learning rate; try lowering it when RankMe falls towards 1 (collapse)")
     warmup: float = _(0.1, "share of the steps in which the learning rate rises")
@@ -93,7 +95,7 @@ class Config:
     # measuring
     measurements: int = _(6, "how many times a run measures itself, the end included")
     bank: int = _(256, "variants V of an image that MRR ranks")
-    mrr_images: int = _(64, "held-out images that MRR averages over")
+    mrr_images: int = _(32, "held-out images that MRR averages over")
     # machine
     bf16: bool = _(True, "forward and backward in bfloat16 (weights and optimiser stay float32)")
 
@@ -108,13 +110,14 @@ class Config:
                      "batch_size", "measurements", "mrr_images"):  # fmt: skip
             need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
         for name in ("brightness", "contrast", "saturation", "hue", "strength", "weight_decay", "weight_decay_end"):
-            need(0 <= getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}: it must be 0 or more")
+            need(0 <= getattr(self, name) <= 100, f"{name} is {getattr(self, name)}: it must be between 0 and 100")
         for name in ("jitter_prob", "blur_prob", "gray_prob", "solarize_prob", "warmup", "ema"):
             need(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}: it must be between 0 and 1")
         need(0 < self.context < 1, f"context is {self.context}: it must be between 0 and 1")
         need(0 < self.crop_min <= 1, f"crop_min is {self.crop_min}: it must be above 0 and at most 1")
         need(0 < self.block_min <= self.block_max < 1, "block_min and block_max must be shares: 0 < min <= max < 1")
-        need(0 < self.lr < math.inf, f"lr is {self.lr}: it must be above 0")
+        need(0 < self.lr <= 100, f"lr is {self.lr}: it must be above 0 and at most 100")
+        need(0 <= self.seed < 10**9, f"seed is {self.seed}: it must be between 0 and 999999999")
         need(self.bank >= 2, f"bank is {self.bank}: ranking needs at least 2 variants")
         need(self.conditioning in ("none", "sequence", "feature"),
              f"conditioning is {self.conditioning!r}: choose none, sequence or feature")  # fmt: skip
@@ -133,9 +136,20 @@ class Config:
 
     @property
     def jitter_strengths(self) -> Tensor:
-        """[4] float: strengths of brightness, contrast, saturation and hue, 'strong jitter' included."""
+        """[4] float: strengths of brightness, contrast, saturation and hue.
+
+        deviation: strong jitter multiplies the paper's strengths; half a turn already reaches every hue.
+        """
         strengths = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue]) * self.strength
-        return strengths.minimum(torch.tensor([math.inf, math.inf, math.inf, 0.5]))  # half a turn reaches every hue
+        strengths[3].clamp_(max=0.5)
+        return strengths
+
+    @property
+    def jitter_range(self) -> Tensor:
+        """[2, 4] float: lowest and highest jitter parameters. Factors are 0 or more, as in torchvision's ColorJitter."""
+        low = IDENTITY - self.jitter_strengths
+        low[:3].clamp_(min=0)
+        return torch.stack([low, IDENTITY + self.jitter_strengths])
 
 
 PRESETS = {
@@ -244,11 +258,10 @@ def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
 
 def jitter_params(batch: int, config: Config, generator=None, device=None, always: bool = False) -> Tensor:
     """Draw jitter parameters, [B, 4]: identity with probability 1 - jitter_prob unless `always`."""
-    u = 2 * torch.rand(batch, 4, device=device, generator=generator) - 1
+    low, high = config.jitter_range.to(device)
+    params = low + (high - low) * torch.rand(batch, 4, device=device, generator=generator)
     on = torch.rand(batch, 1, device=device, generator=generator) < (1.0 if always else config.jitter_prob)
-    params = IDENTITY.to(u) + u * config.jitter_strengths.to(device) * on
-    params[:, :3].clamp_(min=0)
-    return params
+    return torch.where(on, params, IDENTITY.to(params))
 
 
 def make_action(params_x: Tensor, params_y: Tensor, flags_x: Tensor, config: Config) -> Tensor:
@@ -309,14 +322,15 @@ def block_unions(n: int, grid: int, config: Config, generator=None, device=None)
 def sample_masks(batch: int, grid: int, config: Config, generator=None, device=None) -> tuple[Tensor, Tensor]:
     """Patch indices (row * grid + column) that the encoder sees, and those to imagine. -> [B, K], [B, M] int64.
 
-    deviation: equal counts for all images, which batches need. Of 16 unions per image the one whose size is nearest to
-    M is kept; the few patches too many or too few are chosen at random, so that no region is favoured.
+    deviation: equal counts for all images, which batches need: of 16 candidate unions (c) per image the one whose size
+    is nearest to M is kept, and the few patches too many or too few are chosen at random, so that no region is favoured.
+    Unions placed evenly leave 50 % context on an 8x8 grid; I-JEPA's, which avoid the last row and column, leave 57 %.
     """
     M = min(max(round((1 - config.context) * grid**2), 1), grid**2 - 1)
     unions = rearrange(block_unions(16 * batch, grid, config, generator, device), "(c b) h w -> c b (h w)", c=16)
     nearest = (unions.sum(dim=2) - M).abs().argmin(dim=0)  # [B]
     union = unions[nearest, torch.arange(batch, device=device)]  # [B, N]
-    # sort by "masked", ties in random order
+    # sort, masked patches last; in random order among themselves
     order = (union + 0.5 * torch.rand(union.shape, device=device, generator=generator)).argsort(dim=1)
     return order[:, :-M], order[:, -M:]
 
@@ -401,7 +415,7 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor, context: Tensor | None = None) -> Tensor:
         """context: [B, K] indices of the patches to see; None means all N of them, in order."""
-        images = (images - 0.5) / 0.25  # normalised here, last, so that views are plain 0..1 images everywhere else
+        images = (images - 0.5) / 0.25  # deviation: normalised here, last, and the same for every data set
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
         positions = self.positions
         if context is not None:
@@ -434,10 +448,9 @@ class Predictor(nn.Module):
         if self.conditioning == "sequence":  # one linear layer R -> R^W for each of the A scalars
             self.action_weight = nn.Parameter(torch.randn(A, W))
             self.action_bias = nn.Parameter(torch.randn(A, W))
-        if self.conditioning == "feature":  # three layers R^(W + A) -> R^W, the same for every token
-            self.mix = nn.Sequential(
-                nn.Linear(W + A, W), nn.ReLU(), nn.Linear(W, W), nn.ReLU(), nn.Linear(W, W)
-            )  # fmt: skip
+        if self.conditioning == "feature":  # three layers R^(W + A) -> R^W, the same for every mask token
+            first, second, last = nn.Linear(W + A, W), nn.Linear(W, W), nn.Linear(W, W)
+            self.mix = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
         self.apply(init_weights)
         scale_output_projections(self.blocks)
 
@@ -476,7 +489,8 @@ class IWM(nn.Module):
     def loss(self, images: Tensor, generator=None) -> Tensor:
         """Mean squared error of the imagined latents at the masked patches. images: [B, 3, H, W] in 0..1 -> scalar."""
         c = self.config
-        x, y, action = make_views(images, c, generator)
+        with torch.autocast(images.device.type, enabled=False):  # pixels stay float32
+            x, y, action = make_views(images, c, generator)
         context, masked = sample_masks(len(x), c.grid, c, generator, x.device)
         z = self.encoder(x, context)  # z = f(x), [B, K, D]
         z_hat = self.predictor(z, context, masked, action)  # z_hat = p(z, a, m), [B, M, D]
@@ -486,7 +500,10 @@ class IWM(nn.Module):
 
     @torch.no_grad()
     def targets(self, images: Tensor) -> Tensor:
-        """What the world model has to imagine: the teacher's latents, layer-normed. [B, 3, S, S] -> [B, N, D] float."""
+        """What the world model has to imagine: the teacher's latents. [B, 3, S, S] in 0..1 -> [B, N, D] float.
+
+        deviation: layer-normed without affine, as I-JEPA does; the paper does not say.
+        """
         h = self.teacher(images).float()
         return F.layer_norm(h, h.shape[-1:]) if self.config.target_norm else h
 
@@ -501,6 +518,7 @@ class IWM(nn.Module):
         images: [B, 3, S, S] in 0..1, unmasked (B may be 1 for many actions: it is encoded once); action: [B, A].
         Returns [B, N, D]. Note: in training a mask token never stands at a position that the encoder sees.
         """
+        # context and masked are both "all positions": the gap between training and this use that the paper lives with
         everything = torch.arange(self.config.grid**2, device=images.device).expand(len(action), -1)
         z = self.encoder(images)
         return self.predictor(z.expand(len(action), -1, -1), everything, everything, action)
@@ -512,14 +530,14 @@ class IWM(nn.Module):
 
 
 def ranks(imagined: Tensor, bank: Tensor) -> Tensor:
-    """Rank of each true variant among its bank by L2 distance, 1 = nearest; ties get their mean rank.
+    """Rank of each true variant among its bank by L2 distance, 1 = nearest. deviation: ties get their mean rank.
 
     imagined, bank: [V, ...]; imagined[i] should be nearest to bank[i]. Returns [V] float on the CPU.
     """
     a, b = imagined.flatten(1).cpu().double(), bank.flatten(1).cpu().double()
-    distance = torch.cdist(a, b)
+    distance = torch.cdist(a, b).nan_to_num(nan=torch.inf, posinf=torch.inf).clamp(max=1e300)  # NaN must not help
     true = distance.diagonal().unsqueeze(1)
-    slack = 1e-6 * b.square().sum(dim=1).mean().sqrt()  # equal variants stay tied after rounding
+    slack = 1e-6 * b.square().sum(dim=1).mean().sqrt().nan_to_num()  # equal variants stay tied after cdist's rounding
     nearer, tied = distance < true - slack, (distance - true).abs() <= slack
     return nearer.sum(dim=1) + (tied.sum(dim=1) + 1) / 2
 
@@ -542,8 +560,8 @@ def bank_actions(params: Tensor, config: Config) -> Tensor:
 def sweep_params(component: int, config: Config, n: int = 16) -> Tensor:
     """Jitter parameters that sweep one component over its range, the others at identity. -> [n, 4]."""
     params = IDENTITY.repeat(n, 1)
-    params[:, component] += torch.linspace(-1, 1, n) * config.jitter_strengths[component]
-    params[:, :3].clamp_(min=0)
+    low, high = config.jitter_range[:, component].tolist()
+    params[:, component] = torch.linspace(low, high, n)
     return params
 
 
@@ -583,6 +601,8 @@ def measure_world_model(model: IWM, images: Tensor, generator=None) -> dict[str,
 
 def rankme(features: Tensor) -> float:
     """Effective rank of features [n, D]: exp of the entropy of their singular values (RankMe). 1 = collapsed."""
+    if not features.isfinite().all():
+        return math.nan
     s = torch.linalg.svdvals(features.float().cpu())
     p = s / s.sum() + 1e-7
     return torch.exp(-(p * p.log()).sum()).item()
@@ -599,7 +619,7 @@ def knn_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tenso
 def linear_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, ridge: float = 1e-3) -> float:
     """Linear probe in closed form: ridge regression to one-hot labels on standardised features [n, D]."""
     mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
-    train, test = ((F.pad((f - mean) / std, (0, 1), value=1.0)).double().cpu() for f in (train, test))
+    train, test = ((F.pad((f - mean) / std, (0, 1), value=1.0)).cpu().double() for f in (train, test))
     gram = train.T @ train + ridge * len(train) * torch.eye(train.shape[1], dtype=train.dtype)
     weights = torch.linalg.solve(gram, train.T @ F.one_hot(labels.cpu()).double())
     return ((test @ weights).argmax(dim=1) == test_labels.cpu()).double().mean().item()

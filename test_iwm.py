@@ -40,8 +40,12 @@ def some_images(n=64, size=32):
 
 
 def tiny(seed=0, **changes):
+    """A tiny IWM whose teacher has moved away from the encoder, so that no test can mistake one for the other."""
     torch.manual_seed(seed)
-    return iwm.IWM(replace(TINY, **changes))
+    model = iwm.IWM(replace(TINY, **changes))
+    for p in model.teacher.parameters():
+        p.data.add_(0.05 * torch.randn(p.shape))
+    return model
 
 
 class TestConfig:
@@ -102,8 +106,17 @@ class TestJitter:
         low, high = params.amin(dim=0), params.amax(dim=0)
         torch.testing.assert_close(low, torch.tensor([0.2, 0.2, 0.6, -0.2]), atol=0.01, rtol=0)
         torch.testing.assert_close(high, torch.tensor([1.8, 1.8, 1.4, 0.2]), atol=0.01, rtol=0)
-        assert iwm.jitter_params(20_000, replace(TINY, strength=9.0), seeded())[:, :3].min() == 0
+        assert iwm.jitter_params(20_000, replace(TINY, strength=9.0), seeded())[:, :3].min() >= 0
         assert iwm.jitter_params(20_000, replace(TINY, strength=9.0), seeded())[:, 3].abs().max() <= 0.5
+
+    def test_jitter_components_are_drawn_independently(self):
+        params = iwm.jitter_params(20_000, TINY, seeded(), always=True)
+        assert (params.T.corrcoef() - torch.eye(4)).abs().max() < 0.05
+
+    def test_strong_jitter_draws_no_pile_of_black_images(self):
+        """As torchvision: uniform between max(0, 1 - strength) and 1 + strength, not clamped after drawing."""
+        params = iwm.jitter_params(1000, replace(TINY, strength=5.0), seeded(), always=True)
+        assert (params[:, :3] == 0).sum() <= 1 and params[:, 0].max() > 2.9
 
     def test_always_draws_no_identity(self):
         assert (iwm.jitter_params(1000, TINY, seeded(), always=True) != IDENTITY).any(dim=1).all()
@@ -131,6 +144,12 @@ class TestDestructive:
         images = some_images()
         torch.testing.assert_close(iwm.grayscale(images), TF.rgb_to_grayscale(images), atol=1e-5, rtol=0)
         assert torch.equal(iwm.solarize(images), TF.solarize(images, 0.5))
+
+    def test_blur_differs_between_images(self):
+        config = replace(TINY, **TestViews.OFF | {"blur_prob": 1.0})
+        images = torch.rand(1, 3, 32, 32, generator=seeded()).expand(64, 3, 32, 32)
+        x, _, _ = iwm.make_views(images, config, seeded())
+        assert x.std(dim=(1, 2, 3)).std() > 0.01, "every image needs a sigma of its own"
 
 
 class TestViews:
@@ -184,6 +203,17 @@ class TestViews:
         assert (x[:, 0] == x[:, 1]).all() and not torch.equal(x, y)
         assert (a[:, 4:] == 1).all() and (a[:, :4] == 0).all()
 
+    def test_the_source_is_jittered_then_blurred_then_greyed_then_solarised(self):
+        off = self.OFF | {"jitter_prob": 1.0, "brightness": 0.0, "saturation": 0.0, "hue": 0.0}
+        plain, _, a = iwm.make_views(some_images(), replace(TINY, **off), seeded())
+        x, _, b = iwm.make_views(
+            some_images(), replace(TINY, **off | {"gray_prob": 1.0, "solarize_prob": 1.0}), seeded()
+        )
+        assert torch.equal(a[:, :4], b[:, :4])
+        gray = TF.rgb_to_grayscale(plain)
+        expected = torch.where(gray >= 0.5, 1 - gray, gray).expand(-1, 3, -1, -1)
+        assert ((x - expected).abs() < 1e-4).float().mean() > 0.99
+
     @pytest.mark.parametrize("flag, name", enumerate(["blur_prob", "gray_prob", "solarize_prob"]))
     def test_each_flag_stands_for_its_operation_on_x(self, flag, name):
         x, y, a = iwm.make_views(some_images(), replace(TINY, **self.OFF | {name: 0.5}), seeded())
@@ -236,6 +266,15 @@ class TestMasks:
         same = (board[:, :, 1:] == board[:, :, :-1]).float().mean()
         assert same > 0.75
 
+    def test_one_rectangle_has_the_asked_area_and_reaches_every_patch(self):
+        board = iwm.block_unions(4000, 14, replace(TINY, blocks=1), seeded())
+        height, width = board.any(dim=2).sum(dim=1).float(), board.any(dim=1).sum(dim=1).float()
+        assert torch.equal(height * width, board.sum(dim=(1, 2)).float()), "one block must be one rectangle"
+        assert 0.12 < (height * width / 196).min() and (height * width / 196).max() < 0.24
+        assert abs((height * width / 196).mean() - 0.175) < 0.01
+        assert 0.55 < (height / width).min() and (height / width).max() < 1.9 and 1.0 < (height / width).mean() < 1.25
+        assert board.any(dim=0).all(), "the last row and column must be reachable too"
+
     def test_masks_differ_between_images(self):
         _, masked = iwm.sample_masks(64, 8, TINY, seeded())
         assert len(masked.sort(dim=1).values.unique(dim=0)) > 50
@@ -271,6 +310,31 @@ class TestViT:
         context = torch.arange(64)[torch.arange(64) != 10].unsqueeze(0)
         assert torch.equal(model.encoder(image, context), model.encoder(changed, context))
 
+    def test_the_encoder_knows_where_its_patches_are(self):
+        """The same pixels at other positions must give other latents: without positions only their order would change."""
+        model, images = tiny(), torch.rand(1, 3, 32, 32, generator=seeded())
+        moved = images.roll(4, dims=3)  # every patch one column further
+        latents = model.encoder(images).view(1, 8, 8, -1).roll(1, dims=2).flatten(1, 2)
+        assert (model.encoder(moved) - latents).abs().max() > 0.05, "position embeddings are missing"
+
+    def test_block_equals_pytorchs_pre_norm_layer(self):
+        block = iwm.Block(16, 2)
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True)
+        pairs = {"self_attn.in_proj_": "qkv.", "self_attn.out_proj.": "proj.", "linear1.": "fc1.", "linear2.": "fc2.",
+                 "norm1.": "norm1.", "norm2.": "norm2."}  # fmt: skip
+        state = {a + kind: block.state_dict()[b + kind] for a, b in pairs.items() for kind in ("weight", "bias")}
+        layer.load_state_dict(state)
+        x = torch.rand(2, 5, 16, generator=seeded())
+        torch.testing.assert_close(block(x), layer(x), atol=1e-5, rtol=1e-4)
+
+    def test_content_outweighs_position_in_the_first_targets(self):
+        """With weights of 0.02 at small widths four fifths of the targets' variance are the position alone."""
+        torch.manual_seed(0)
+        h = iwm.IWM(iwm.Config()).targets(
+            torch.rand(64, 3, 1, 1, generator=seeded()).expand(64, 3, 32, 32).contiguous()
+        )
+        assert h.mean(dim=0).var(dim=0).mean() < 0.4 * h.var(dim=(0, 1)).mean()
+
     def test_positions_are_distinct_and_nearer_for_neighbours(self):
         p = iwm.sincos_positions(32, 8)
         assert p.shape == (64, 32) and len(p.unique(dim=0)) == 64
@@ -304,6 +368,33 @@ class TestPredictor:
         before = model.predictor(z, context, masked, action)
         action[:, component] = 1
         assert (model.predictor(z, context, masked, action) - before).abs().max() > 1e-4
+
+    @pytest.mark.parametrize("conditioning", ["none", "sequence", "feature"])
+    def test_context_tokens_know_where_they_are(self, conditioning):
+        model, (z, context, masked) = tiny(conditioning=conditioning), self.inputs()
+        action = torch.zeros(3, 7)
+        moved = model.predictor(z, context.flip(1), masked, action)
+        assert (moved - model.predictor(z, context, masked, action)).abs().max() > 1e-3, "context positions are lost"
+
+    @pytest.mark.parametrize("conditioning, extra", [("none", 0), ("sequence", 7), ("feature", 0)])
+    def test_sequence_adds_one_token_per_component(self, conditioning, extra):
+        model, (z, context, masked) = tiny(conditioning=conditioning), self.inputs()
+        seen = []
+        model.predictor.blocks[0].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+        model.predictor(z, context, masked, torch.zeros(3, 7))
+        assert seen == [64 + extra], f"{conditioning}: K + M = 64 tokens and {extra} of the action"
+
+    def test_feature_mixes_position_and_action_by_a_nonlinear_map(self):
+        """If positions joined after the MLP, or the MLP were linear, action and position would only add up."""
+        model, (z, context, masked) = tiny(conditioning="feature"), self.inputs()
+        seen = []
+        model.predictor.blocks[0].register_forward_hook(
+            lambda module, args, out: seen.append(args[0][:, -masked.shape[1] :])
+        )
+        for action in (torch.zeros(3, 7), torch.ones(3, 7)):
+            model.predictor(z, context, masked, action)
+        change = seen[1] - seen[0]  # what the action does to the mask tokens, [3, M, W]
+        assert (change - change[:, :1]).abs().max() > 1e-3, "the action must change each position in its own way"
 
     @pytest.mark.parametrize("conditioning", ["sequence"])
     def test_sequence_tells_the_components_apart(self, conditioning):
@@ -364,7 +455,7 @@ class TestIWM:
             assert not missing, f"no gradient reaches {missing}"
 
     def test_teacher_starts_as_the_encoder_and_moves_by_ema(self):
-        model = tiny()
+        model = iwm.IWM(TINY)
         before = [p.clone() for p in model.teacher.parameters()]
         for p, q in zip(model.encoder.parameters(), before):
             assert torch.equal(p, q)
@@ -381,6 +472,11 @@ class TestIWM:
         everything = torch.arange(64).unsqueeze(0)
         expected = model.predictor(model.encoder(image), everything, everything, actions[3:4])
         torch.testing.assert_close(out[3:4], expected, atol=1e-5, rtol=1e-4)
+
+    def test_imagine_takes_several_images_each_with_its_action(self):
+        model, images, actions = tiny(), torch.rand(2, 3, 32, 32), torch.rand(2, 7)
+        one_by_one = torch.cat([model.imagine(images[i : i + 1], actions[i : i + 1]) for i in range(2)])
+        torch.testing.assert_close(model.imagine(images, actions), one_by_one, atol=1e-5, rtol=1e-4)
 
     def test_a_short_training_lowers_the_loss(self):
         model = tiny()
@@ -416,6 +512,17 @@ class TestMRR:
         """All variants equal: each has the mean rank 2.5 of 4, not rank 1."""
         same = torch.ones(4, 3)
         assert iwm.ranks(torch.randn(4, 3, generator=seeded()), same).tolist() == [2.5] * 4
+
+    def test_nan_does_not_help(self):
+        assert iwm.mean_reciprocal_rank(torch.full((8, 3), torch.nan), torch.randn(8, 3, generator=seeded())) < 0.25
+
+    def test_the_bank_is_the_teachers_and_the_clean_image_the_students(self):
+        model, image, params = tiny(), torch.rand(1, 3, 32, 32), iwm.jitter_params(4, TINY, seeded(), always=True)
+        pictures, bank, imagined = iwm.variants(model, image, params)
+        torch.testing.assert_close(bank, F.layer_norm(model.teacher(pictures), [32]), atol=1e-4, rtol=1e-4)
+        for p in model.teacher.parameters():
+            p.data.zero_()
+        torch.testing.assert_close(iwm.variants(model, image, params)[2], imagined, atol=1e-5, rtol=1e-4)
 
     def test_a_shuffled_bank_is_noticed(self):
         bank = torch.randn(64, 8, generator=seeded())
@@ -471,6 +578,23 @@ class TestShapes:
             assert (data[name].bincount(minlength=kinds) > 0.7 * 2000 / kinds).all()
         covered = data["mask"].float().mean(dim=(1, 2))
         assert 0.03 < covered.min() and covered.max() < 0.7
+
+
+class TestRecipe:
+    def test_schedules_start_peak_and_end_where_they_should(self):
+        config = iwm.Config(steps=1000, warmup=0.1, lr=1.0, weight_decay=0.04, weight_decay_end=0.4, ema=0.99)
+        lr, weight_decay, momentum = zip(*(train.schedule(step, config) for step in range(1000)))
+        assert lr[0] < 0.02 and abs(max(lr) - 1) < 0.02 and lr.index(max(lr)) in range(98, 102) and lr[-1] < 1e-4
+        assert abs(lr[549] - 0.5) < 0.02, "half-way down the cosine"
+        assert abs(weight_decay[0] - 0.04) < 1e-6 and abs(weight_decay[-1] - 0.4) < 1e-3 and abs(weight_decay[500] - 0.22) < 1e-3
+        assert momentum[0] == 0.99 and abs(momentum[500] - 0.995) < 1e-6 and momentum[-1] < 1
+
+    def test_biases_are_not_decayed_and_the_teacher_is_not_optimised(self):
+        model = tiny(conditioning="sequence")
+        decayed, others = (group["params"] for group in train.make_optimizer(model, TINY).param_groups)
+        names = {id(p): name for name, p in model.named_parameters()}
+        assert not [names[id(p)] for p in decayed if names[id(p)].endswith("bias") or p.ndim < 2]
+        assert len(decayed) + len(others) == len([*model.encoder.parameters(), *model.predictor.parameters()])
 
 
 TINY_FLAGS = "--width 16 --depth 1 --heads 2 --pred-width 8 --pred-depth 1 --steps 4 --batch-size 8 --measurements 2 --bank 8 --mrr-images 2"
@@ -557,6 +681,7 @@ class TestTrain:
         (["--conditioning", "film"], "conditioning"), (["--patch", "5"], "patch"), (["--steps", "0"], "steps"),
         (["--data", "no/such/folder"], "no/such/folder"), (["--device", "abacus"], "abacus"), (["--lr", "nan"], "lr"),
         (["--batch-size", "30000", "--preset", "shapes"], "batch_size"), (["--nonsense"], "--nonsense"),
+        (["--seed", "-1"], "seed"), (["--strength", "1e39"], "strength"),
     ])  # fmt: skip
     def test_a_wrong_flag_is_one_clear_line(self, flags, named, tmp_path):
         result = run(*flags, "--out", tmp_path / "run")
