@@ -113,8 +113,8 @@ def _shapes(n: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
     texture, background = torch.randint(len(TEXTURES), (2, n), generator=generator)
 
     # the object in its own coordinates (u, v); each function is positive inside and about the distance to its edge
-    radius, turn = uniform(0.45, 0.75), uniform(0, 2 * math.pi)
-    dx, dy = x - uniform(-0.3, 0.3), y - uniform(-0.3, 0.3)
+    radius, turn = uniform(0.55, 0.8), uniform(-0.3, 0.3)  # radians: up to 17 degrees either way
+    dx, dy = x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2)
     u, v = (dx * turn.cos() + dy * turn.sin()) / radius, (dy * turn.cos() - dx * turn.sin()) / radius
     r, angle = (u * u + v * v).sqrt(), torch.atan2(v, u)
     box = torch.maximum(u.abs(), v.abs())
@@ -126,13 +126,13 @@ def _shapes(n: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
         "ring": 0.24 - (r - 0.74).abs(),
         "cross": torch.minimum(0.92 - box, 0.3 - torch.minimum(u.abs(), v.abs())),
         "crescent": torch.minimum(0.95 - r, ((u - 0.45) ** 2 + v * v).sqrt() - 0.68),
-        "heart": 0.56 * (1 - (1.05 * u) ** 2 - (1.2 * (v + 0.1) - 0.75 * u.abs().sqrt()) ** 2),
+        "heart": 0.56 * (1 - (1.05 * u) ** 2 - (1.2 * (0.1 - v) - 0.75 * u.abs().sqrt()) ** 2),
     }
     mask = (choose(shape, [inside[name] for name in SHAPES]) * radius * size / 2 + 0.5).clamp(0, 1)  # soft edges
 
     hue = uniform(0, 1)
-    thing = paint(hue, uniform(0.3, 0.8), uniform(0.35, 1)) * (1 + 0.25 * pattern(texture)).unsqueeze(1)
-    one, other = (paint(uniform(0, 1), uniform(0.05, 0.5), uniform(0.1, 0.9)) for _ in range(2))
+    thing = paint(hue, uniform(0.4, 0.9), uniform(0.5, 1)) * (1 + 0.2 * pattern(texture)).unsqueeze(1)
+    one, other = (paint(uniform(0, 1), uniform(0.05, 0.4), uniform(0.1, 0.75)) for _ in range(2))
     scene = torch.lerp(one, other, (0.5 + 0.5 * ramp()).unsqueeze(1)) * (1 + 0.15 * pattern(background)).unsqueeze(1)
     light = 1 + uniform(0, 0.6) * ramp()
     images = torch.lerp(scene, thing, mask.unsqueeze(1)) * light.unsqueeze(1)
