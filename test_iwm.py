@@ -586,7 +586,11 @@ class TestRecipe:
         lr, weight_decay, momentum = zip(*(train.schedule(step, config) for step in range(1000)))
         assert lr[0] < 0.02 and abs(max(lr) - 1) < 0.02 and lr.index(max(lr)) in range(98, 102) and lr[-1] < 1e-4
         assert abs(lr[549] - 0.5) < 0.02, "half-way down the cosine"
-        assert abs(weight_decay[0] - 0.04) < 1e-6 and abs(weight_decay[-1] - 0.4) < 1e-3 and abs(weight_decay[500] - 0.22) < 1e-3
+        assert (
+            abs(weight_decay[0] - 0.04) < 1e-6
+            and abs(weight_decay[-1] - 0.4) < 1e-3
+            and abs(weight_decay[500] - 0.22) < 1e-3
+        )
         assert momentum[0] == 0.99 and abs(momentum[500] - 0.995) < 1e-6 and momentum[-1] < 1
 
     def test_biases_are_not_decayed_and_the_teacher_is_not_optimised(self):
@@ -632,7 +636,15 @@ class TestTrain:
         assert "broken.jpg" in whole.stderr and "skipped 1 of 49" in whole.stderr
         assert "MRR" in whole.stdout and "random init" in whole.stdout
         names = {path.name for path in (tmp_path / "whole").iterdir()}
-        assert {"config.json", "metrics.jsonl", "result.json", "last.pt", "views.png", "retrieval.png"} <= names
+        assert {
+            "config.json",
+            "metrics.jsonl",
+            "result.json",
+            "last.pt",
+            "views.png",
+            "retrieval.png",
+            "strip.png",
+        } <= names
         lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [0, 2, 4]
         assert {

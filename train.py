@@ -343,14 +343,9 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
     for f in fields(Config):
         flag = "--" + f.name.replace("_", "-")
-        kind = (
-            {"action": argparse.BooleanOptionalAction}
-            if f.type is bool
-            else {"type": f.type, "metavar": f.type.__name__}
-        )
-        parser.add_argument(
-            flag, default=argparse.SUPPRESS, help=f.metadata["help"] + f" (shapes: {f.default})", **kind
-        )
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        explained = f"{f.metadata['help']} (shapes: {f.default})"
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=explained, **kind)
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     data = given.get("data", "shapes")
