@@ -154,7 +154,7 @@ class Config:
 
 PRESETS = {
     "shapes": Config(),
-    "cifar": Config(data="cifar10", steps=10_000, measurements=10, mrr_images=128),
+    "cifar": Config(data="cifar10", steps=20_000, ema=0.99, measurements=10, mrr_images=128),
     "imagenet100": Config(
         data="", image_size=160, patch=16, width=384, depth=12, heads=6, pred_width=192, pred_depth=12,
         strength=1.0, steps=100_000, batch_size=256, ema=0.996,
@@ -454,10 +454,11 @@ class Predictor(nn.Module):
         self.apply(init_weights)
         scale_output_projections(self.blocks)
 
-    def forward(self, z: Tensor, context: Tensor, masked: Tensor, action: Tensor) -> Tensor:
-        """z: [B, K, D] latents of the context patches [B, K]; masked: [B, M] positions to imagine; action: [B, A].
-
-        Returns the imagined latents, [B, M, D].
+    def forward(
+        self, z: Tensor, context: Tensor, masked: Tensor, action: Tensor, extra: Tensor | None = None
+    ) -> Tensor:
+        """z: [B, K, D] latents of the context patches [B, K]; masked: [B, M] positions to imagine; action: [B, A];
+        extra: [B, any, W] further input tokens, such as a task's. Returns the imagined latents, [B, M, D].
         """
         x = self.embed(z) + self.positions[context]
         tokens = self.mask_token + self.positions[masked]  # [B, M, W]
@@ -466,9 +467,19 @@ class Predictor(nn.Module):
         x = torch.cat([x, tokens], dim=1)
         if self.conditioning == "sequence":  # the action joins as A tokens of its own
             x = torch.cat([action.unsqueeze(2) * self.action_weight + self.action_bias, x], dim=1)
+        if extra is not None:
+            x = torch.cat([extra, x], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.out(self.norm(x[:, -masked.shape[1] :]))
+
+    def everywhere(self, z: Tensor, action: Tensor, extra: Tensor | None = None) -> Tensor:
+        """Imagine all positions from the latents of all positions, z: [B, N, D] -> [B, N, D].
+
+        Note: in training a mask token never stands at a position that the encoder sees. The paper lives with this gap.
+        """
+        positions = torch.arange(z.shape[1], device=z.device).expand(len(z), -1)
+        return self(z, positions, positions, action, extra)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,12 +527,9 @@ class IWM(nn.Module):
         """Imagine, at all positions, the targets of images after an action.
 
         images: [B, 3, S, S] in 0..1, unmasked (B may be 1 for many actions: it is encoded once); action: [B, A].
-        Returns [B, N, D]. Note: in training a mask token never stands at a position that the encoder sees.
+        Returns [B, N, D].
         """
-        # context and masked are both "all positions": the gap between training and this use that the paper lives with
-        everything = torch.arange(self.config.grid**2, device=images.device).expand(len(action), -1)
-        z = self.encoder(images)
-        return self.predictor(z.expand(len(action), -1, -1), everything, everything, action)
+        return self.predictor.everywhere(self.encoder(images).expand(len(action), -1, -1), action)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+import types
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
+import finetune
 import train
 
 iwm = importlib.import_module(os.environ.get("IWM", "iwm"))
@@ -711,6 +713,195 @@ class TestTrain:
         assert result.returncode == 0
         for name in iwm.Config.__dataclass_fields__:
             assert "--" + name.replace("_", "-") in result.stdout
+
+
+class TestFinetune:
+    """Predictor finetuning and its controls, on a tiny checkpoint and a few hundred shapes."""
+
+    ARGS = types.SimpleNamespace(steps=3, learned_lr=0.1, weight_decay=0.05, augment=False, lr=[1e-2])
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(train, "SHAPES_IMAGES", {"train": 120, "val": 40, "test": 40})
+        model = tiny()
+        torch.save({"config": asdict(model.config), "model": model.state_dict()}, tmp_path / "last.pt")
+        return tmp_path / "last.pt"
+
+    @staticmethod
+    def call(monkeypatch, capsys, *arguments):
+        """finetune.py as a user calls it, in this process. -> exit code, what it printed"""
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
+        try:
+            finetune.main()
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out + err
+
+    @staticmethod
+    def tasks(*names):
+        made = train.shapes(120, 0)
+        data = {split: made["images"][part] for split, part in
+                (("train", slice(0, 80)), ("val", slice(80, 100)), ("test", slice(100, 120)))}  # fmt: skip
+        labels = {"train": slice(0, 80), "val": slice(80, 100), "test": slice(100, 120)}
+        return {n: finetune.Task(8, False, {s: (data[s], made[n][labels[s]]) for s in data}) for n in names}
+
+    def network(self, row, model, *names, seed=1):
+        return finetune.Network(row, model, self.tasks(*(names or ("shape",))), seed)
+
+    def test_finetuning_starts_from_the_teacher_and_the_learned_predictor(self):
+        model = tiny()
+        for row, encoder, predictor in (("learned predictor", True, True), ("random predictor", True, False),
+                                        ("end-to-end", True, True), ("scratch", False, False)):  # fmt: skip
+            network = self.network(row, model)
+            for part, loaded, origin in ((network.encoder, encoder, model.teacher),
+                                         (network.predictor, predictor, model.predictor)):  # fmt: skip
+                same = [torch.equal(a, b) for a, b in zip(part.parameters(), origin.parameters()) if a.ndim > 1]
+                assert all(same) if loaded else not any(same), f"{row}: the wrong weights, {type(part).__name__}"
+
+    @pytest.mark.parametrize("row, frozen", [("attentive", True), ("learned predictor", True), ("random predictor", True),
+                                             ("encoder", False), ("end-to-end", False), ("scratch", False)])  # fmt: skip
+    def test_finetuning_moves_what_is_trained_and_nothing_else(self, row, frozen):
+        """A frozen encoder is bit-equal after training; head and predictor have moved; the checkpoint is untouched."""
+        model, tasks = tiny(), self.tasks("shape")
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        network = self.network(row, model)
+        start = {name: p.clone() for name, p in network.state_dict().items()}
+        inputs = finetune.inputs_of(network, row, tasks, 1, self.ARGS, {})
+        finetune.fit(network, tasks, inputs, 16, 1e-2, 1, self.ARGS, row)
+        for name, p in network.named_parameters():
+            moved = not torch.equal(p, start[name])
+            if name.endswith(("in_proj_bias", "qkv.bias")):
+                continue  # the key's bias has no gradient: softmax does not see it
+            assert moved == (not (frozen and name.startswith("encoder"))), f"{row}: {name} moved: {moved}"
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+    def test_finetuning_predicts_all_positions_under_the_null_action(self, monkeypatch):
+        seen = {}
+        network = self.network("learned predictor", tiny())
+        monkeypatch.setattr(network.predictor, "forward", lambda z, context, masked, action, extra: seen.update(
+            z=z, context=context, masked=masked, action=action) or z)  # fmt: skip
+        images = train.shapes(5, 3)["images"]
+        network({"shape": images})
+        assert (seen["action"] == 0).all() and seen["action"].shape == (5, 7)
+        assert torch.equal(seen["masked"], torch.arange(64).expand(5, 64)) and torch.equal(
+            seen["context"], seen["masked"]
+        )
+        assert torch.equal(seen["z"], network.encoder(images / 255)), "the predictor must get the clean image's latents"
+
+    def test_finetuning_learned_weights_have_a_tenth_of_the_lr(self, monkeypatch):
+        made = []
+        adamw = torch.optim.AdamW
+        monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **kw: made.append(adamw(groups, **kw)) or made[-1])
+        tasks = self.tasks("shape")
+        for row in ("end-to-end", "scratch"):
+            network = self.network(row, tiny())
+            finetune.fit(
+                network, tasks, finetune.inputs_of(network, row, tasks, 1, self.ARGS, {}), 8, 1e-2, 1, self.ARGS, ""
+            )
+        ends, scratch = ([group["initial_lr"] * 25 for group in optimizer.param_groups] for optimizer in made)
+        assert ends == pytest.approx([1e-2, 1e-3]) and scratch == pytest.approx([1e-2])
+
+    def test_finetuning_task_tokens_tell_the_predictor_what_is_asked(self):
+        network, images = self.network("learned predictor", tiny(), "shape", "colour"), train.shapes(4, 3)["images"]
+        together = network({"shape": images, "colour": images})
+        alone = network({"colour": images})["colour"]
+        torch.testing.assert_close(together["colour"], alone, atol=1e-5, rtol=1e-4)
+        network.heads["colour"] = network.heads["shape"]
+        same_head = network({"shape": images, "colour": images})
+        assert not torch.allclose(same_head["shape"], same_head["colour"], atol=1e-5), "the task token changes nothing"
+        assert self.network("learned predictor", tiny()).task_tokens is None
+
+    def test_finetuning_reads_the_test_images_once_after_choosing_on_held_out_ones(self, monkeypatch):
+        asked = []
+        values = {"val": iter([0.2, 0.9, 0.5]), "test": iter([0.7])}
+        monkeypatch.setattr(
+            finetune, "score", lambda n, name, task, split, x: asked.append(split) or next(values[split])
+        )
+        args = types.SimpleNamespace(**vars(self.ARGS) | {"lr": [1e-3, 1e-2, 1e-1], "steps": 1})
+        row = finetune.trained_row("attentive", tiny(), self.tasks("shape"), 8, 0, args, {})
+        assert asked == ["val"] * 3 + ["test"] and row["lr"] == 1e-2 and row["test"] == {"shape": 0.7}
+
+    def test_mean_iou_equals_a_naive_count(self):
+        truth, found = torch.randint(0, 4, (2, 3, 6, 6), generator=seeded())
+        naive = []
+        for c in range(5):  # class 4 is nowhere: it does not count
+            both, either = ((truth == c) & (found == c)).sum().item(), ((truth == c) | (found == c)).sum().item()
+            naive += [both / either] if either else []
+        assert finetune.mean_iou(found, truth, 5) == pytest.approx(sum(naive) / len(naive))
+        assert finetune.mean_iou(truth, truth, 5) == 1
+
+    def test_finetuning_prints_a_table_keeps_its_rows_and_resumes(self, checkpoint, monkeypatch, capsys):
+        flags = [checkpoint, "--steps", 2, "--batch-size", 16, "--seeds", 2, "--device", "cpu"]
+        code, out = self.call(monkeypatch, capsys, *flags)
+        assert code == 0 and "| learned predictor | " in out and "| random predictor | " in out and " ± " in out
+        records = [json.loads(line) for line in (checkpoint.parent / "finetune.jsonl").read_text().splitlines()]
+        assert len(records) == 8 and {"row", "seed", "test", "val", "trainable", "seconds"} <= set(records[0])
+        monkeypatch.setattr(finetune, "trained_row", None)  # nothing may be trained again
+        code, again = self.call(monkeypatch, capsys, *flags, "--resume")
+        assert code == 0
+        table, same = ([line for line in text.splitlines() if line.startswith("|")] for text in (out, again))
+        assert table == same and len(table) == 6
+
+    @pytest.mark.parametrize("flags, row", [
+        (["--task", "shape,colour"], "learned predictor, one each"), (["--task", "segment"], "linear per patch"),
+        (["--protocol", "factors"], "linear, predictor"), (["--protocol", "table", "--augment"], "scratch"),
+        (["--protocol", "linear", "--labels", "50"], "linear, random init"),
+    ])  # fmt: skip
+    def test_finetuning_protocols_and_tasks_run(self, flags, row, checkpoint, monkeypatch, capsys):
+        code, out = self.call(monkeypatch, capsys, checkpoint, "--steps", 1, "--batch-size", 16, *flags)
+        assert code == 0 and f"| {row} | " in out, out
+
+    def test_averaging_imagined_variants_of_one_action_changes_nothing(self, monkeypatch):
+        """With every action null, K imagined variants are one: the same probe as on the predictor's own output."""
+        monkeypatch.setattr(finetune.iwm, "jitter_params", lambda n, *_, **__: IDENTITY.expand(n, 4))
+        model, tasks = tiny(), self.tasks("colour")
+        once, thrice = (finetune.closed_form_row(f"linear, {k} imagined", model, tasks, 0) for k in (1, 3))
+        plain = finetune.closed_form_row("linear, predictor", model, tasks, 0)
+        assert once["test"] == thrice["test"] == plain["test"]
+
+    def test_segmentation_reads_a_folder_of_images_and_masks(self, checkpoint, tmp_path, monkeypatch, capsys):
+        for name in ("images", "masks"):
+            (tmp_path / "d" / name).mkdir(parents=True)
+        made = train.shapes(40, 0)
+        for i in range(40):
+            Image.fromarray(made["images"][i].permute(1, 2, 0).numpy()).save(tmp_path / "d" / "images" / f"{i}.jpg")
+            Image.fromarray(made["mask"][i].byte().numpy()).save(tmp_path / "d" / "masks" / f"{i}.png")
+        flags = ["--task", "segment", "--data", tmp_path / "d", "--steps", 1, "--batch-size", 8]
+        code, out = self.call(monkeypatch, capsys, checkpoint, *flags)
+        assert code == 0 and "mIoU" in out
+        data = finetune.load_segmentation(replace(TINY, data=str(tmp_path / "d")), "cpu")
+        assert {split: len(labels) for split, (_, labels) in data.items()} == {"train": 33, "val": 3, "test": 4}
+        assert data["test"][1].shape == (4, 32, 32) and data["test"][1].max() == 1
+
+    @pytest.mark.parametrize("flags, named", [
+        (["--lr", "x"], "--lr"), (["--steps", "0"], "--steps"), (["--task", "hat"], "hat"), (["--labels", "5"], "batch-size"),
+        (["--task", "segment", "--data", "nowhere"], "nowhere"), (["--data", "nowhere"], "nowhere"),
+        (["--task", "shape,shape"], "shape"), (["--device", "abacus"], "abacus"), (["--seeds", "0"], "--seeds"),
+    ])  # fmt: skip
+    def test_finetuning_refuses_in_one_line(self, flags, named, checkpoint, monkeypatch, capsys):
+        code, out = self.call(monkeypatch, capsys, checkpoint, *flags)
+        assert code == 2 and named in out and not (checkpoint.parent / "finetune.jsonl").exists()
+
+    def test_a_file_that_is_no_checkpoint_is_one_clear_line_and_runs_no_code(
+        self, checkpoint, tmp_path, monkeypatch, capsys
+    ):
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "hacked"),)
+
+        state = torch.load(checkpoint, weights_only=True)
+        torch.save({"config": state["config"], "model": Evil()}, tmp_path / "evil.pt")
+        torch.save(state | {"config": state["config"] | {"width": 48}}, tmp_path / "other.pt")
+        torch.save(state | {"config": state["config"] | {"made_up": 1}}, tmp_path / "newer.pt")
+        (tmp_path / "text.pt").write_text("no checkpoint")
+        (tmp_path / "half.pt").write_bytes(checkpoint.read_bytes()[:1000])
+        for name in ("evil.pt", "other.pt", "newer.pt", "text.pt", "half.pt", "missing.pt"):
+            code, out = self.call(monkeypatch, capsys, tmp_path / name)
+            assert code == 2 and name in out and len(out.strip().splitlines()) == 1, out
+        assert not (tmp_path / "hacked").exists()
 
 
 class TestPaperScale:

@@ -71,6 +71,7 @@ def write_whole(path: Path, write):
 SHAPES = ("disc", "square", "triangle", "star", "ring", "cross", "crescent", "heart")
 TEXTURES = ("plain", "stripes", "checks", "noise")
 COLOURS = 8  # bins of the object's hue
+SHAPES_IMAGES = {"train": 20_000, "val": 2_000, "test": 2_000}  # the position of a split is its seed
 
 
 def shapes(n: int, seed: int, size: int = 32) -> dict[str, Tensor]:
@@ -141,17 +142,25 @@ def _shapes(n: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
             "texture": texture, "background": background, "mask": mask > 0.5}  # fmt: skip
 
 
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what a bad file can raise
+
+
+def read_image(file: Path, size: int) -> np.ndarray:
+    """Any image file -> RGB [size, size, 3] uint8: shorter side resized to `size`, middle cut out."""
+    with Image.open(file) as image:
+        return np.asarray(TF.center_crop(TF.resize(image.convert("RGB"), size), size))
+
+
 def read_folder(folder: Path, size: int, classes: list[str]) -> tuple[Tensor, Tensor]:
-    """Decode folder/<class>/* to RGB, shorter side resized to `size`, middle cut out. Bad files are named and skipped."""
+    """Decode folder/<class>/* to images [n, 3, size, size] uint8 and labels [n]. Bad files are named and skipped."""
     suffixes = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
     found = [(file, label) for label, name in enumerate(classes) for file in sorted((folder / name).glob("*"))]
     files = [(file, label) for file, label in found if file.suffix.lower() in suffixes and file.name[0] != "."]
 
     def decode(item):
         try:
-            with Image.open(item[0]) as image:
-                return np.asarray(TF.center_crop(TF.resize(image.convert("RGB"), size), size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return read_image(item[0], size)
+        except IMAGE_ERRORS as error:
             tqdm.write(f"skipped {item[0]}: {error}", file=sys.stderr)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -169,7 +178,7 @@ def load_data(config: Config, device) -> dict[str, tuple[Tensor, Tensor]]:
     """{"train" | "val" | "test": (images [n, 3, S, S] uint8, labels [n] int64)}, all of it on the device."""
     data, size = {}, config.image_size
     if config.data == "shapes":
-        for seed, (split, n) in enumerate({"train": 20_000, "val": 2_000, "test": 2_000}.items()):
+        for seed, (split, n) in enumerate(SHAPES_IMAGES.items()):
             made = shapes(n, seed, size)
             data[split] = made["images"], made["shape"]
     elif config.data in ("cifar10", "cifar100"):

@@ -1,0 +1,531 @@
+"""Use the learned world model: finetune the predictor on a task, beside its controls, in one table.
+
+    python finetune.py runs/shapes/last.pt                             # frozen teacher, finetuned predictor, controls
+    python finetune.py runs/shapes/last.pt --protocol table --seeds 3  # every protocol, mean and standard deviation
+    python finetune.py runs/shapes/last.pt --task shape,colour         # several tasks with one predictor
+    python finetune.py runs/shapes/last.pt --task segment              # per-patch outputs, upsampled to pixels: mIoU
+    python finetune.py runs/shapes/last.pt --protocol average          # a linear probe on the mean of K imagined variants
+    python finetune.py runs/shapes/last.pt --protocol factors          # what the latents of each network hold
+
+The rows of a table. "Frozen" is the EMA teacher of the checkpoint, "learned" starts from it and is finetuned:
+
+    row                      encoder         predictor   head
+    knn                      frozen          -           cosine kNN on mean-pooled latents
+    linear                   frozen          -           ridge regression on mean-pooled latents
+    attentive                frozen          -           a learned query attends to the latents, then a linear layer
+    random predictor         frozen          random      attentive
+    learned predictor        frozen          learned     attentive
+    encoder                  learned         -           attentive
+    end-to-end               learned         learned     attentive
+    scratch                  random          random      attentive, everything trained
+    attentive, random init   frozen, random  -           attentive
+
+The predictor gets the latents of the clean image, a mask token at every position and the null action: it predicts the
+whole, untransformed image. Everything learned is trained at a tenth of the lr of everything random.
+Rows are written to finetune.jsonl beside the checkpoint as soon as they are known; --resume skips those already there.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+import iwm
+import train
+from iwm import IWM, Config
+from train import die, to_float
+
+ROWS = {  # row: (encoder, predictor)
+    "attentive, random init": ("frozen, random", None),
+    "attentive": ("frozen", None),
+    "random predictor": ("frozen", "random"),
+    "learned predictor": ("frozen", "learned"),
+    "encoder": ("learned", None),
+    "end-to-end": ("learned", "learned"),
+    "scratch": ("random", "random"),
+}
+PROTOCOLS = {  # which rows, trained (above) or in closed form ("knn" or "linear", then whose latents)
+    "predictor": ["attentive, random init", "attentive", "random predictor", "learned predictor"],
+    "knn": ["knn, random init", "knn, teacher"],
+    "linear": ["linear, random init", "linear, teacher"],
+    "attentive": ["attentive, random init", "attentive"],
+    "encoder": ["attentive", "encoder"],
+    "end-to-end": ["attentive", "end-to-end"],
+    "scratch": ["attentive", "scratch"],
+    "table": ["knn, random init", "knn, teacher", "linear, random init", "linear, teacher", *ROWS],
+    "average": ["linear, teacher", "linear, 1 imagined", "linear, 8 imagined", "linear, 32 imagined"],
+    "factors": ["linear, random init", "linear, encoder", "linear, teacher", "linear, predictor"],
+}
+FACTORS = ("shape", "colour", "texture", "background")  # the labels of shapes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tasks: images and what is asked of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """One task. data: split -> images [n, 3, S, S] uint8 and labels, [n] int64 or, if dense, [n, S, S] uint8."""
+
+    classes: int
+    dense: bool
+    data: dict[str, tuple[Tensor, Tensor]]
+
+
+def load_tasks(names: list[str], config: Config, labels: int, device) -> dict[str, Task]:
+    """classify | segment | shape, colour, texture, background (the factors of shapes) | a data set, by name."""
+    tasks, made = {}, {}
+    if config.data == "shapes":
+        names = ["shape" if name == "classify" else name for name in names]
+        made = {s: train.shapes(n, seed, config.image_size) for seed, (s, n) in enumerate(train.SHAPES_IMAGES.items())}
+        for part in made.values():  # the class of each pixel: 0 is background, then the shapes
+            part["segment"] = (part["mask"] * (part["shape"] + 1)[:, None, None]).byte()
+    for name in names:
+        if made and name in (*FACTORS, "segment"):
+            data = {split: (part["images"].to(device), part[name].to(device)) for split, part in made.items()}
+        elif name in FACTORS:
+            die(f"task {name} needs --data shapes, here it is {config.data or 'not given'}")
+        elif name == "segment":
+            data = load_segmentation(config, device)
+        elif name not in ("classify", "shapes", "cifar10", "cifar100") and not Path(name).is_dir():
+            die(f"task {name} is not classify, segment, {', '.join(FACTORS)}, a data set or a folder")
+        else:
+            data = train.load_data(config if name == "classify" else replace(config, data=name), device)
+        if labels:
+            data["train"] = tuple(part[:labels] for part in data["train"])
+        tasks[name] = Task(max(int(y.max()) for _, y in data.values()) + 1, data["train"][1].ndim == 3, data)
+    return tasks
+
+
+def load_segmentation(config: Config, device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Oxford-IIIT Pet (--data pets; pet, background, border) or a folder with images/ and masks/ of the same names.
+
+    A mask holds the class of each pixel, 0, 1, 2 ...; the last tenth of a shuffled folder is its test set.
+    """
+    size = config.image_size
+    if config.data == "pets":
+        try:
+            sets = {
+                split: torchvision.datasets.OxfordIIITPet("data", name, "segmentation", download=True)
+                for split, name in (("train", "trainval"), ("test", "test"))
+            }
+        except Exception as error:  # no network, a damaged archive, no write access
+            die(f"pets is not in ./data and cannot be downloaded ({error}): try --data shapes")
+        pairs = {split: list(zip(found._images, found._segs)) for split, found in sets.items()}
+        first = 1  # its trimaps count from 1
+    else:
+        root, first = Path(config.data), 0
+        found = sorted(path for path in (root / "images").glob("*") if path.name[0] != ".")
+        masks = {path.stem: path for path in (root / "masks").glob("*")}
+        both = [(path, masks[path.stem]) for path in found if path.stem in masks]
+        if len(both) < 20:
+            die(f"{config.data or '--data'} has {len(both)} images/NAME.* with masks/NAME.*: segment needs at least 20 "
+                "(or --data pets, --data shapes)")  # fmt: skip
+        order = torch.randperm(len(both), generator=torch.Generator().manual_seed(0)).tolist()
+        both, tenth = [both[i] for i in order], len(both) // 10
+        pairs = {"test": both[-tenth:], "train": both[:-tenth]}
+    data = {}
+    for split, files in pairs.items():
+        images, labels = [], []
+        for image, mask in tqdm(files, desc=f"reading {split}", leave=False):
+            try:
+                with Image.open(mask) as opened:
+                    cut = TF.center_crop(TF.resize(opened, size, TF.InterpolationMode.NEAREST), size)
+                    label = torch.from_numpy(np.array(cut))
+                images.append(torch.tensor(train.read_image(image, size)))
+            except train.IMAGE_ERRORS as error:
+                die(f"{image} or {mask} cannot be read: {error}")
+            if label.ndim != 2 or label.dtype != torch.uint8:
+                die(f"{mask} is no mask: one channel of 8 bits, the class of each pixel, is needed")
+            labels.append(label - first)
+        data[split] = torch.stack(images).permute(0, 3, 1, 2).contiguous().to(device), torch.stack(labels).to(device)
+    tenth = len(data["train"][0]) // 10
+    data["val"] = tuple(part[:tenth] for part in data["train"])
+    data["train"] = tuple(part[tenth:] for part in data["train"])
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks: an encoder, perhaps the predictor, and a head for each task
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class AttentiveHead(nn.Module):
+    """One learned query attends to the latents, then a linear layer. [B, N, D] -> logits [B, classes]."""
+
+    def __init__(self, width: int, heads: int, classes: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.out = nn.Linear(width, classes)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.norm(z)
+        pooled, _ = self.attention(self.query.expand(len(z), -1, -1), z, z, need_weights=False)
+        return self.out(pooled.squeeze(1))
+
+
+class DenseHead(nn.Module):
+    """A linear layer on each patch, upsampled to the pixels. [B, N, D] -> logits [B, classes, S, S]."""
+
+    def __init__(self, width: int, size: int, classes: int):
+        super().__init__()
+        self.size = size
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.out = nn.Linear(width, classes)
+
+    def forward(self, z: Tensor) -> Tensor:
+        side = math.isqrt(z.shape[1])
+        logits = self.out(self.norm(z)).unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        return F.interpolate(logits.float(), (self.size, self.size), mode="bilinear")
+
+
+def null_action(z: Tensor) -> Tensor:
+    """The action that changes nothing, for latents z [B, N, D]. -> [B, A]"""
+    return z.new_zeros(len(z), len(iwm.ACTION))
+
+
+class Network(nn.Module):
+    """The parts that a row of the table is made of. `model` is the checkpoint's IWM and is not changed."""
+
+    def __init__(self, row: str, model: IWM, tasks: dict[str, Task], seed: int):
+        super().__init__()
+        self.config = config = model.config
+        device = next(model.parameters()).device
+        encoder, predictor = ROWS[row]
+        torch.manual_seed(seed)
+        random = IWM(config).to(device)
+        self.encoder = random.encoder
+        if encoder in ("frozen", "learned"):
+            self.encoder.load_state_dict(model.teacher.state_dict())
+        if encoder.startswith("frozen"):
+            self.encoder.requires_grad_(False)
+        self.predictor = random.predictor if predictor else None
+        if predictor == "learned":
+            self.predictor.load_state_dict(model.predictor.state_dict())
+        self.heads = nn.ModuleDict({
+            name: DenseHead(config.width, config.image_size, task.classes) if task.dense
+            else AttentiveHead(config.width, config.heads, task.classes) for name, task in tasks.items()
+        })  # fmt: skip
+        # one token per task tells a shared predictor what is asked
+        several = predictor and len(tasks) > 1
+        self.task_tokens = nn.Parameter(0.02 * torch.randn(len(tasks), 1, config.pred_width)) if several else None
+        self.learned = [*(self.encoder.parameters() if encoder == "learned" else []),
+                        *(self.predictor.parameters() if predictor == "learned" else [])]  # fmt: skip
+        self.to(device)
+
+    def forward(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each task's images (uint8) or their latents -> each task's logits. All parts share one forward pass."""
+        sizes = [len(part) for part in parts.values()]
+        z = torch.cat(list(parts.values()))
+        if z.dtype == torch.uint8:
+            z = self.encoder(to_float(z))
+        if self.predictor:
+            tokens = None
+            if self.task_tokens is not None:
+                which = [list(self.heads).index(name) for name, size in zip(parts, sizes) for _ in range(size)]
+                tokens = self.task_tokens[which]
+            z = self.predictor.everywhere(z, null_action(z), tokens)
+        return {name: self.heads[name](part) for name, part in zip(parts, z.split(sizes))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mean_iou(predicted: Tensor, truth: Tensor, classes: int) -> float:
+    """Mean over classes of intersection / union, over all pixels; a class that neither has does not count."""
+    pairs = (truth.long() * classes + predicted.long()).flatten().bincount(minlength=classes**2)
+    confusion = pairs.view(classes, classes).double()
+    union = confusion.sum(dim=0) + confusion.sum(dim=1) - confusion.diagonal()
+    return (confusion.diagonal() / union)[union > 0].mean().item()
+
+
+@torch.no_grad()
+def score(network: Network, name: str, task: Task, split: str, inputs: Tensor) -> float:
+    """Accuracy, or mIoU of a dense task, on one split."""
+    with train.autocast(network.config, inputs.device):
+        predicted = torch.cat([network({name: part})[name].argmax(dim=1) for part in inputs.split(250)])
+    labels = task.data[split][1]
+    return mean_iou(predicted, labels, task.classes) if task.dense else (predicted == labels).double().mean().item()
+
+
+def fit(network: Network, tasks: dict[str, Task], inputs: dict, batch: int, lr: float, seed: int, args, title: str):
+    """Train everything that is not frozen, `batch` images of each task a step."""
+    learned = {id(p) for p in network.learned}
+    fresh = [p for p in network.parameters() if p.requires_grad and id(p) not in learned]
+    groups = [{"params": fresh, "lr": lr}, {"params": network.learned, "lr": lr * args.learned_lr}]
+    optimizer = torch.optim.AdamW(groups[: 1 + bool(learned)], weight_decay=args.weight_decay, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(  # warm-up over a tenth of the steps, then a cosine to 0
+        optimizer, [group["lr"] for group in optimizer.param_groups], args.steps, pct_start=0.1, cycle_momentum=False
+    )
+    device = fresh[0].device
+    generator = torch.Generator(device).manual_seed(seed)
+    orders = {name: torch.empty(0, dtype=torch.long, device=device) for name in tasks}
+    for _ in tqdm(range(args.steps), desc=title, leave=False):
+        parts, labels = {}, {}
+        for name, task in tasks.items():
+            images, truth = inputs[name]["train"], task.data["train"][1]
+            if len(orders[name]) < batch:  # a new epoch
+                orders[name] = torch.randperm(len(images), device=device, generator=generator)
+            now, orders[name] = orders[name].tensor_split([batch])
+            parts[name], labels[name] = images[now], truth[now].long()
+            if args.augment:
+                crop = iwm.random_crop_flip(to_float(parts[name]), network.config, generator)
+                parts[name] = (255 * crop).round().byte()
+        with train.autocast(network.config, device):
+            logits = network(parts)
+        loss = sum(F.cross_entropy(logits[name].float(), labels[name]) for name in tasks) / len(tasks)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    if not loss.isfinite():
+        die(f"{title}: the loss is {loss.item()}, lower --lr")
+
+
+@torch.no_grad()
+def encode_all(encode, images: Tensor, config: Config) -> Tensor:
+    """encode (float images -> anything) on all uint8 images, in chunks."""
+    with train.autocast(config, images.device):
+        return torch.cat([encode(to_float(part)) for part in images.split(250)])
+
+
+def inputs_of(network: Network, row: str, tasks: dict[str, Task], seed: int, args, cache: dict) -> dict:
+    """task -> split -> uint8 images or, where a frozen encoder would give the same at every step, their latents."""
+    inputs = {name: {split: images for split, (images, _) in task.data.items()} for name, task in tasks.items()}
+    kind = ROWS[row][0]
+    if not kind.startswith("frozen") or args.augment:
+        return inputs
+    if cache.get("encoder") != (kind, seed * ("random" in kind)):  # one encoder's latents at a time: they are large
+        cache.clear()
+        cache["encoder"] = kind, seed * ("random" in kind)
+    dtype = torch.bfloat16 if network.config.bf16 else torch.float32
+    for splits in inputs.values():
+        for split, images in splits.items():
+            if images.data_ptr() not in cache:  # tasks on the same images share them
+                cache[images.data_ptr()] = encode_all(lambda x: network.encoder(x).to(dtype), images, network.config)
+            splits[split] = cache[images.data_ptr()]
+    return inputs
+
+
+def trained_row(row: str, model: IWM, tasks: dict[str, Task], batch: int, seed: int, args, cache: dict) -> dict:
+    """Train one row with one seed, choose its lr on the held-out split, read the test set once."""
+    best = None
+    for lr in args.lr:
+        network = Network(row, model, tasks, seed)
+        inputs = inputs_of(network, row, tasks, seed, args, cache)
+        fit(network, tasks, inputs, batch, lr, seed, args, f"{row}, seed {seed}, lr {lr:g}")
+        val = {name: score(network, name, task, "val", inputs[name]["val"]) for name, task in tasks.items()}
+        if best is None or sum(val.values()) > sum(best["val"].values()):
+            best = {"val": val, "lr": lr, "network": network}
+    network = best.pop("network")
+    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    test = {name: score(network, name, task, "test", inputs[name]["test"]) for name, task in tasks.items()}
+    return best | {"test": test, "trainable": trainable}
+
+
+def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int) -> dict:
+    """knn or linear (ridge regression), then whose mean-pooled latents: nothing is trained by gradient."""
+    probe, source = row.split(", ")
+    config, device = model.config, next(model.parameters()).device
+    torch.manual_seed(seed)
+    random, generator = IWM(config).to(device), torch.Generator(device).manual_seed(seed)
+
+    def imagined(images):  # the mean of K imagined variants (paper, appendix)
+        z, total = model.teacher(images), 0
+        for _ in range(int(source.split()[0])):
+            params = iwm.jitter_params(len(z), config, generator, device, always=True)
+            total = total + model.predictor.everywhere(z, iwm.bank_actions(params, config)).float()
+        return total
+
+    encode = {
+        "random init": random.encoder,
+        "encoder": model.encoder,
+        "teacher": model.teacher,
+        "predictor": lambda images: model.predictor.everywhere(z := model.teacher(images), null_action(z)),
+    }.get(source, imagined)
+    result, pooled = {"val": {}, "test": {}, "lr": None, "trainable": 0}, {}
+    for name, task in tasks.items():
+        for images, _ in task.data.values():
+            if images.data_ptr() not in pooled:
+                pooled[images.data_ptr()] = encode_all(lambda x: encode(x).float().mean(dim=1), images, config)
+        parts = {split: (pooled[images.data_ptr()], labels) for split, (images, labels) in task.data.items()}
+        accuracy = iwm.knn_accuracy if probe == "knn" else iwm.linear_accuracy
+        for split in ("val", "test"):
+            result[split][name] = accuracy(*parts["train"], *parts[split])
+        result["trainable"] += (config.width + 1) * task.classes if probe == "linear" else 0
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line and the table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="last.pt of a run of train.py")
+    add("--protocol", choices=PROTOCOLS, default="predictor", help="which rows (default: predictor and its controls)")
+    add("--task", default="classify", help="classify | segment | a list: factors of shapes (shape,colour,texture,"
+        "background) or data sets (cifar10,cifar100). factors takes all four factors by itself")  # fmt: skip
+    add("--data", help="shapes | cifar10 | cifar100 | pets (segment) | a folder (default: what the checkpoint saw)")
+    add("--labels", type=int, default=0, help="train on the first N labelled images only (default: 0, all)")
+    add("--seeds", type=int, default=1, help="seeds per row; the table gives mean and standard deviation")
+    add("--seed", type=int, default=0, help="the first of them")
+    add("--steps", type=int, default=300, help="optimiser steps of a trained row")
+    add("--batch-size", type=int, default=128, help="images a step, shared among the tasks")
+    add(
+        "--lr",
+        default="1e-3",
+        help="of random weights; from a list, 3e-4,1e-3, a row takes the best on held-out images",
+    )
+    add("--learned-lr", type=float, default=0.1, help="the lr of learned weights, as a share of --lr")
+    add("--weight-decay", type=float, default=0.05, help="of AdamW")
+    add("--augment", action="store_true", help="random crops and flips; frozen latents are then computed at every step")
+    add("--out", type=Path, help="folder of finetune.jsonl (default: the checkpoint's)")
+    add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
+    add("--resume", action="store_true", help="skip the rows that finetune.jsonl has from the same settings")
+    args = parser.parse_args(argv)
+    args.tasks = list(FACTORS if args.protocol == "factors" and args.task == "classify" else args.task.split(","))
+    try:
+        args.lr = [float(lr) for lr in args.lr.split(",")]
+    except ValueError:
+        die(f"--lr {args.lr} is not a number, or several with commas between them")
+    for name in ("seeds", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            die(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    if not all(0 < lr < 10 for lr in [*args.lr, args.learned_lr]) or not 0 <= args.weight_decay <= 10:
+        die("--lr and --learned-lr must be above 0, --weight-decay at least 0, all below 10")
+    if args.labels < 0 or args.seed < 0:
+        die("--labels and --seed must be at least 0")
+    if len(set(args.tasks)) < len(args.tasks) or args.batch_size < len(args.tasks):
+        die(f"--task {args.task}: name each task once, at most --batch-size of them")
+    if "segment" in args.tasks and (
+        args.augment or len(args.tasks) > 1 or args.protocol in ("knn", "average", "factors")
+    ):
+        die("--task segment stands alone, without --augment, and not with the protocols knn, average and factors")
+    return args
+
+
+def load_checkpoint(path: Path, device) -> IWM:
+    """last.pt of train.py -> IWM on the device. Read with weights_only: nothing in the file is run."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        model = IWM(Config(**state["config"])).to(device)
+        model.load_state_dict(state["model"])
+        return model.requires_grad_(False)
+    except Exception as error:  # a damaged or foreign file can raise anything
+        die(f"{path} is not a checkpoint (last.pt) of train.py: {str(error).splitlines()[0]:.100}")
+
+
+def table(records: list[dict], tasks: list[str], encoder: int) -> str:
+    """Markdown, a row of the table per row of the protocol: mean and standard deviation over its seeds, in percent."""
+
+    def percent(values):
+        spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{100 * statistics.mean(values):.1f}{spread}"
+
+    lines = ["| " + " | ".join(["row", "trained parameters", "of encoder", *tasks, "lr", "seconds"]) + " |"]
+    lines.append("|---" * (len(tasks) + 5) + "|")
+    for row in dict.fromkeys(record["row"] for record in records):
+        same = [record for record in records if record["row"] == row]
+        cells = [row, f"{same[0]['trainable']:,}", f"{100 * same[0]['trainable'] / encoder:.0f} %"]
+        cells += [percent([record["test"][name] for record in same]) for name in tasks]
+        cells.append(", ".join(sorted({f"{record['lr']:g}" for record in same if record["lr"]})) or "-")
+        cells.append(f"{statistics.mean(record['seconds'] for record in same):.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    args = parse()
+    device = train.choose_device(args.device)
+    model = load_checkpoint(args.checkpoint, device)
+    config = model.config = replace(model.config, data=args.data or model.config.data, batch_size=1)
+    tasks = load_tasks(args.tasks, config, args.labels, device)
+    args.tasks, batch = list(tasks), args.batch_size // len(tasks)
+    for name, task in tasks.items():
+        if batch > len(task.data["train"][1]):
+            die(f"--batch-size asks for {batch} images of {name}, which has {len(task.data['train'][1])}: lower it")
+    file = (args.out or args.checkpoint.parent) / "finetune.jsonl"
+    settings = {name: getattr(args, name) for name in ("tasks", "labels", "steps", "batch_size", "learned_lr",
+                                                       "weight_decay", "augment")}  # fmt: skip
+    settings |= {
+        "data": config.data,
+        "lrs": args.lr,
+        "checkpoint": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:12],
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    except (OSError, ValueError) as error:
+        die(f"{file} cannot be read: {error}")
+
+    file_lines, records, cache = [json.dumps(record) for record in known], [], {}
+
+    def one(row, tasks, seed):
+        if row in ROWS:
+            return trained_row(row, model, tasks, batch, seed, args, cache)
+        return closed_form_row(row, model, tasks, seed)
+
+    def one_each(row, tasks, seed):
+        """The same row with a network per task, as one record."""
+        alone = [one(row, {name: task}, seed) for name, task in tasks.items()]
+        merged = {split: {k: v for record in alone for k, v in record[split].items()} for split in ("val", "test")}
+        return merged | {"lr": alone[0]["lr"], "trainable": sum(record["trainable"] for record in alone)}
+
+    dense = "segment" in tasks
+    for row in PROTOCOLS[args.protocol]:
+        if dense and row not in ROWS:
+            continue
+        ways = {row.replace("attentive", "linear per patch") if dense else row: one}
+        if len(tasks) > 1 and row in ROWS and not row.startswith("attentive"):  # there is something to share
+            ways = {f"{row}, shared": one, f"{row}, one each": one_each}
+        repeats = args.seeds if row in ROWS or "random" in row or "imagined" in row else 1  # others have no randomness
+        for name, way in ways.items():
+            for seed in range(args.seed, args.seed + repeats):
+                record = {"row": name, "seed": seed, **settings}
+                done = [old for old in known if args.resume and record.items() <= old.items()]
+                if done:
+                    records.append(done[-1])
+                    continue
+                started = time.monotonic()
+                record |= way(row, tasks, seed)
+                record["seconds"] = round(time.monotonic() - started, 1)
+                records.append(record)
+                file_lines.append(json.dumps(record))
+                train.write_whole(file, lambda path: path.write_text("".join(line + "\n" for line in file_lines)))
+                tqdm.write(f"{name}, seed {seed}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in record["val"].items())
+                           + f" % on held-out images, {record['seconds']:.0f} s")  # fmt: skip
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    print(
+        f"\n{'mIoU' if dense else 'Accuracy'} on the test images in percent; {args.steps} steps of {args.batch_size} images, {device}\n"
+    )
+    print(table(records, args.tasks, encoder))
+    print(f"\nrows kept in {file}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped: the finished rows are kept, --resume goes on with the others")
+        raise SystemExit(130) from None
