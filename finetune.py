@@ -86,7 +86,7 @@ class Task:
     data: dict[str, tuple[Tensor, Tensor]]
 
 
-def load_tasks(names: list[str], config: Config, labels: int, device) -> dict[str, Task]:
+def load_tasks(names: list[str], config: Config, labels: int, device, cache: Path) -> dict[str, Task]:
     """classify | segment | shape, colour, texture, background (the factors of shapes) | a data set, by name."""
     tasks, made = {}, {}
     if config.data == "shapes":
@@ -104,7 +104,7 @@ def load_tasks(names: list[str], config: Config, labels: int, device) -> dict[st
         elif name not in ("classify", "shapes", "cifar10", "cifar100") and not Path(name).is_dir():
             die(f"task {name} is not classify, segment, {', '.join(FACTORS)}, a data set or a folder")
         else:
-            data = train.load_data(config if name == "classify" else replace(config, data=name), device)
+            data = train.load_data(config if name == "classify" else replace(config, data=name), device, cache)
         if labels:
             data["train"] = tuple(part[:labels] for part in data["train"])
         tasks[name] = Task(max(int(y.max()) for _, y in data.values()) + 1, data["train"][1].ndim == 3, data)
@@ -460,7 +460,7 @@ def main():
     device = train.choose_device(args.device)
     model = load_checkpoint(args.checkpoint, device)
     config = model.config = replace(model.config, data=args.data or model.config.data, batch_size=1)
-    tasks = load_tasks(args.tasks, config, args.labels, device)
+    tasks = load_tasks(args.tasks, config, args.labels, device, args.checkpoint.parent.parent / "cache")
     args.tasks, batch = list(tasks), args.batch_size // len(tasks)
     for name, task in tasks.items():
         if batch > len(task.data["train"][1]):

@@ -98,6 +98,7 @@ class Config:
     mrr_images: int = _(32, "held-out images that MRR averages over")
     # machine
     bf16: bool = _(True, "forward and backward in bfloat16 (weights and optimiser stay float32)")
+    compile: bool = _(False, "torch.compile encoder, teacher and predictor: minutes at the start, faster steps after")
 
     def __post_init__(self):
         """Raises ValueError with one line that names the setting and the fix."""
@@ -508,6 +509,8 @@ class IWM(nn.Module):
         h = gather(self.targets(y), masked)  # h = teacher(y), [B, M, D]
         # deviation: the mean where the paper has a sum; Adam's step is the same
         return (z_hat.float() - h).square().mean()
+
+    forward = loss  # what DistributedDataParallel calls
 
     @torch.no_grad()
     def targets(self, images: Tensor) -> Tensor:

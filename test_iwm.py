@@ -613,6 +613,19 @@ def run(*arguments, cwd=None, script="train.py"):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd or here, timeout=170)
 
 
+def call(script, monkeypatch, capsys, *arguments):
+    """A script's main in this process, which is quicker. -> exit code, what it printed"""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+    try:
+        script.main()
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out + err
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder of tiny images: two classes, grey, RGBA and CMYK ones among them, one file that is no image."""
@@ -697,22 +710,96 @@ class TestTrain:
         (["--batch-size", "30000", "--preset", "shapes"], "batch_size"), (["--nonsense"], "--nonsense"),
         (["--seed", "-1"], "seed"), (["--strength", "1e39"], "strength"),
     ])  # fmt: skip
-    def test_a_wrong_flag_is_one_clear_line(self, flags, named, tmp_path):
-        result = run(*flags, "--out", tmp_path / "run")
-        assert result.returncode == 2 and named in result.stderr and "Traceback" not in result.stderr
+    def test_a_wrong_flag_is_one_clear_line(self, flags, named, tmp_path, monkeypatch, capsys):
+        code, out = call(train, monkeypatch, capsys, *flags, "--out", tmp_path / "run")
+        assert code == 2 and named in out
         assert not (tmp_path / "run").exists(), "nothing may be written before the flags are checked"
 
-    def test_a_folder_without_images_is_one_clear_line(self, tmp_path):
+    def test_a_folder_without_images_is_one_clear_line(self, tmp_path, monkeypatch, capsys):
         for split in ("train", "test"):
             (tmp_path / "d" / split / "cat").mkdir(parents=True)
-        result = run("--data", tmp_path / "d", "--out", tmp_path / "run")
-        assert result.returncode == 2 and "no images" in result.stderr and "Traceback" not in result.stderr
+        code, out = call(train, monkeypatch, capsys, "--data", tmp_path / "d", "--out", tmp_path / "run")
+        assert code == 2 and "no images" in out
 
     def test_help_explains_every_setting(self):
         result = run("--help")
         assert result.returncode == 0
         for name in iwm.Config.__dataclass_fields__:
             assert "--" + name.replace("_", "-") in result.stdout
+
+
+class TestFolderCache:
+    def test_a_folder_is_decoded_once_and_again_when_it_changes(self, folder, tmp_path, monkeypatch, capsys):
+        config = replace(TINY, data=str(folder), batch_size=4)
+        first = train.load_data(config, "cpu", tmp_path)
+        assert {split: tuple(images.shape) for split, (images, _) in first.items()} == {
+            "train": (44, 3, 32, 32), "val": (4, 3, 32, 32), "test": (16, 3, 32, 32)}  # fmt: skip
+        red, labels = first["test"][0][:, 0].float().mean(dim=(1, 2)) > 60, first["test"][1]
+        assert torch.equal(red, labels == 1), "labels must stay with their images"
+        monkeypatch.setattr(train, "read_image", None)  # reading a file again would fail
+        second = train.load_data(config, "cpu", tmp_path)
+        assert all(torch.equal(a, b) for split in first for a, b in zip(first[split], second[split]))
+
+        for file in tmp_path.glob("*.labels"):  # as if the decoding had been interrupted
+            file.unlink()
+        calls = []
+        monkeypatch.setattr(
+            train, "read_image", lambda file, size: calls.append(file) or torch.zeros(32, 32, 3).byte().numpy()
+        )
+        train.load_data(config, "cpu", tmp_path)
+        assert len(calls) == 65, "a cache without its last part must be made anew"
+        train.load_data(replace(config, image_size=16, patch=4), "cpu", tmp_path / "other")
+        assert len(calls) == 130
+
+
+class TestDevices:
+    def test_two_processes_have_the_gradient_of_one(self, tmp_path):
+        """DistributedDataParallel over two gloo processes, half the batch each, against the mean of both halves here."""
+        code = (
+            "import sys, torch, iwm\n"
+            "torch.manual_seed(0)\n"
+            "model = iwm.IWM(iwm.Config(width=32, depth=2, heads=2, pred_width=16, pred_depth=2))\n"
+            "def half(model, rank):\n"
+            "    images = torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(5))[rank]\n"
+            "    return model(images, torch.Generator().manual_seed(rank))\n"
+            "torch.distributed.init_process_group('gloo')\n"
+            "rank = torch.distributed.get_rank()\n"
+            "shared = torch.nn.parallel.DistributedDataParallel(model)\n"
+            "half(shared, rank).backward()\n"
+            "if rank == 0: torch.save([p.grad for p in model.parameters() if p.requires_grad], sys.argv[1])\n"
+        )
+        (tmp_path / "half.py").write_text(code)
+        here = os.path.dirname(os.path.abspath(__file__))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+        subprocess.run([*command, tmp_path / "half.py", tmp_path / "grads.pt"], check=True, capture_output=True, timeout=170,
+                       env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        torch.manual_seed(0)
+        model = iwm.IWM(iwm.Config(width=32, depth=2, heads=2, pred_width=16, pred_depth=2))
+        images = torch.rand(2, 4, 3, 32, 32, generator=seeded(5))
+        (sum(model(images[rank], seeded(rank)) for rank in range(2)) / 2).backward()
+        grads = torch.load(tmp_path / "grads.pt", weights_only=True)
+        for ours, theirs in zip((p.grad for p in model.parameters() if p.requires_grad), grads, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+    def test_torchrun_trains_and_only_one_process_writes(self, folder, tmp_path):
+        here = os.path.dirname(os.path.abspath(__file__))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+        flags = ["--data", str(folder), "--preset", "cifar", *TINY_FLAGS.split(), "--out", str(tmp_path / "run")]
+        done = subprocess.run([*command, *flags], cwd=here, capture_output=True, text=True, timeout=170,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("random init") == 1 and done.stdout.count("parameters") == 1
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 2, 4] and [line["images"] for line in lines] == [0, 16, 32]
+
+    def test_each_part_compiles_to_one_graph_without_recompiling(self):
+        torch._dynamo.reset()
+        model, graphs = tiny(), []
+        for part in (model.encoder, model.teacher, model.predictor):
+            part.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+        for step in range(3):
+            model.loss(torch.rand(4, 3, 32, 32), seeded(step)).backward()
+        assert len(graphs) == 3
 
 
 class TestFinetune:
@@ -726,19 +813,6 @@ class TestFinetune:
         model = tiny()
         torch.save({"config": asdict(model.config), "model": model.state_dict()}, tmp_path / "last.pt")
         return tmp_path / "last.pt"
-
-    @staticmethod
-    def call(monkeypatch, capsys, *arguments):
-        """finetune.py as a user calls it, in this process. -> exit code, what it printed"""
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, arguments)])
-        try:
-            finetune.main()
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out + err
 
     @staticmethod
     def tasks(*names):
@@ -835,12 +909,12 @@ class TestFinetune:
 
     def test_finetuning_prints_a_table_keeps_its_rows_and_resumes(self, checkpoint, monkeypatch, capsys):
         flags = [checkpoint, "--steps", 2, "--batch-size", 16, "--seeds", 2, "--device", "cpu"]
-        code, out = self.call(monkeypatch, capsys, *flags)
+        code, out = call(finetune, monkeypatch, capsys, *flags)
         assert code == 0 and "| learned predictor | " in out and "| random predictor | " in out and " ± " in out
         records = [json.loads(line) for line in (checkpoint.parent / "finetune.jsonl").read_text().splitlines()]
         assert len(records) == 8 and {"row", "seed", "test", "val", "trainable", "seconds"} <= set(records[0])
         monkeypatch.setattr(finetune, "trained_row", None)  # nothing may be trained again
-        code, again = self.call(monkeypatch, capsys, *flags, "--resume")
+        code, again = call(finetune, monkeypatch, capsys, *flags, "--resume")
         assert code == 0
         table, same = ([line for line in text.splitlines() if line.startswith("|")] for text in (out, again))
         assert table == same and len(table) == 6
@@ -851,7 +925,7 @@ class TestFinetune:
         (["--protocol", "linear", "--labels", "50"], "linear, random init"),
     ])  # fmt: skip
     def test_finetuning_protocols_and_tasks_run(self, flags, row, checkpoint, monkeypatch, capsys):
-        code, out = self.call(monkeypatch, capsys, checkpoint, "--steps", 1, "--batch-size", 16, *flags)
+        code, out = call(finetune, monkeypatch, capsys, checkpoint, "--steps", 1, "--batch-size", 16, *flags)
         assert code == 0 and f"| {row} | " in out, out
 
     def test_averaging_imagined_variants_of_one_action_changes_nothing(self, monkeypatch):
@@ -870,7 +944,7 @@ class TestFinetune:
             Image.fromarray(made["images"][i].permute(1, 2, 0).numpy()).save(tmp_path / "d" / "images" / f"{i}.jpg")
             Image.fromarray(made["mask"][i].byte().numpy()).save(tmp_path / "d" / "masks" / f"{i}.png")
         flags = ["--task", "segment", "--data", tmp_path / "d", "--steps", 1, "--batch-size", 8]
-        code, out = self.call(monkeypatch, capsys, checkpoint, *flags)
+        code, out = call(finetune, monkeypatch, capsys, checkpoint, *flags)
         assert code == 0 and "mIoU" in out
         data = finetune.load_segmentation(replace(TINY, data=str(tmp_path / "d")), "cpu")
         assert {split: len(labels) for split, (_, labels) in data.items()} == {"train": 33, "val": 3, "test": 4}
@@ -882,7 +956,7 @@ class TestFinetune:
         (["--task", "shape,shape"], "shape"), (["--device", "abacus"], "abacus"), (["--seeds", "0"], "--seeds"),
     ])  # fmt: skip
     def test_finetuning_refuses_in_one_line(self, flags, named, checkpoint, monkeypatch, capsys):
-        code, out = self.call(monkeypatch, capsys, checkpoint, *flags)
+        code, out = call(finetune, monkeypatch, capsys, checkpoint, *flags)
         assert code == 2 and named in out and not (checkpoint.parent / "finetune.jsonl").exists()
 
     def test_a_file_that_is_no_checkpoint_is_one_clear_line_and_runs_no_code(
@@ -899,7 +973,7 @@ class TestFinetune:
         (tmp_path / "text.pt").write_text("no checkpoint")
         (tmp_path / "half.pt").write_bytes(checkpoint.read_bytes()[:1000])
         for name in ("evil.pt", "other.pt", "newer.pt", "text.pt", "half.pt", "missing.pt"):
-            code, out = self.call(monkeypatch, capsys, tmp_path / name)
+            code, out = call(finetune, monkeypatch, capsys, tmp_path / name)
             assert code == 2 and name in out and len(out.strip().splitlines()) == 1, out
         assert not (tmp_path / "hacked").exists()
 

@@ -5,15 +5,18 @@
     python train.py --data path/to/folder             # train/<class>/*.jpg and test/<class>/*.jpg (or val/)
     python train.py --conditioning none               # an ablation is one flag: see --help
     python train.py --out runs/shapes --resume        # go on with a run that was stopped
+    torchrun --nproc_per_node=2 train.py              # several devices: the batch is shared among them
 
 A run folder holds config.json, metrics.jsonl (a JSON object a measurement, on held-out training images), result.json
 (the test images, read once at the end), last.pt, views.png, retrieval.png (its top: strip.png) and, with matplotlib, curves.png.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import random
 import signal
 import sys
 import time
@@ -23,10 +26,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -45,16 +49,20 @@ except ImportError:
 import iwm
 from iwm import IDENTITY, IWM, JITTER, PRESETS, Config
 
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun: this process ...
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # ... of so many; only rank 0 writes and prints
+
 
 def die(message: str):
     """One clear line and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if RANK == 0:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def write_whole(path: Path, write):
     """Write aside, then rename: a reader never sees half a file, and a full disk leaves the old one whole."""
-    aside = path.with_name(path.name + ".part")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write(aside)
         os.replace(aside, path)
@@ -151,11 +159,18 @@ def read_image(file: Path, size: int) -> np.ndarray:
         return np.asarray(TF.center_crop(TF.resize(image.convert("RGB"), size), size))
 
 
-def read_folder(folder: Path, size: int, classes: list[str]) -> tuple[Tensor, Tensor]:
-    """Decode folder/<class>/* to images [n, 3, size, size] uint8 and labels [n]. Bad files are named and skipped."""
+def read_folder(folder: Path, size: int, classes: list[str], cache: Path) -> tuple[Tensor, Tensor]:
+    """folder/<class>/* -> images [n, 3, size, size] uint8 and labels [n], in an order that is always the same.
+
+    Decoded once, into a memory-mapped file in `cache` that is named after the files' names, sizes and times: training
+    then needs neither the decoder nor the memory. Files that cannot be read are named, counted and left out.
+    """
     suffixes = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
     found = [(file, label) for label, name in enumerate(classes) for file in sorted((folder / name).glob("*"))]
     files = [(file, label) for file, label in found if file.suffix.lower() in suffixes and file.name[0] != "."]
+    stats = [(f"{file.parent.name}/{file.name}", (stat := file.stat()).st_size, stat.st_mtime_ns) for file, _ in files]
+    name = hashlib.sha256(json.dumps([size, classes, stats]).encode()).hexdigest()[:16]
+    pixels, kept = cache / f"{name}.pixels", cache / f"{name}.labels"  # the second is written last: then both are whole
 
     def decode(item):
         try:
@@ -163,19 +178,39 @@ def read_folder(folder: Path, size: int, classes: list[str]) -> tuple[Tensor, Te
         except IMAGE_ERRORS as error:
             tqdm.write(f"skipped {item[0]}: {error}", file=sys.stderr)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = list(tqdm(pool.map(decode, files), total=len(files), desc=f"reading {folder}", leave=False))
-    images = [image for image in decoded if image is not None]
-    labels = [label for (_, label), image in zip(files, decoded) if image is not None]
-    if not images:
+    def decode_all(aside):
+        random.Random(0).shuffle(files)  # so that any part of them has all classes
+        with open(aside, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
+            bar = tqdm(total=len(files), desc=f"decoding {folder}, once", leave=False)
+            for part in (files[i : i + 1000] for i in range(0, len(files), 1000)):  # never all of them in memory
+                for image, (_, label) in zip(pool.map(decode, part), part):
+                    bar.update()
+                    if image is not None:
+                        out.write(image.transpose(2, 0, 1).tobytes())
+                        labels.append(label)
+
+    labels = []
+    if not kept.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            die(f"cannot make the folder of decoded images {cache}: {error}")
+        write_whole(pixels, decode_all)
+        if labels and len(labels) < len(files):
+            print(f"skipped {len(files) - len(labels)} of {len(files)} files of {folder}", file=sys.stderr)
+        write_whole(kept, lambda path: np.array(labels, dtype=np.int64).tofile(path))
+    labels = torch.from_numpy(np.fromfile(kept, dtype=np.int64))
+    if len(labels) == 0:
         die(f"{folder} has no images that can be read: put them at {folder}/<class>/*.jpg")
-    if len(images) < len(files):
-        print(f"skipped {len(files) - len(images)} of {len(files)} files of {folder}", file=sys.stderr)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+    images = torch.from_file(str(pixels), size=len(labels) * 3 * size * size, dtype=torch.uint8)
+    return images.view(-1, 3, size, size), labels
 
 
-def load_data(config: Config, device) -> dict[str, tuple[Tensor, Tensor]]:
-    """{"train" | "val" | "test": (images [n, 3, S, S] uint8, labels [n] int64)}, all of it on the device."""
+def load_data(config: Config, device, cache: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """{"train" | "val" | "test": (images [n, 3, S, S] uint8, labels [n] int64)}, on the device.
+
+    Images of a folder stay in their memory-mapped file when they are more than 4 GiB; their labels do too, on the CPU.
+    """
     data, size = {}, config.image_size
     if config.data == "shapes":
         for seed, (split, n) in enumerate(SHAPES_IMAGES.items()):
@@ -189,8 +224,10 @@ def load_data(config: Config, device) -> dict[str, tuple[Tensor, Tensor]]:
                 )
             except Exception as error:  # no network, a damaged archive, no write access
                 die(f"{config.data} is not in ./data and cannot be downloaded ({error}): try --data shapes")
-            images = F.interpolate(torch.from_numpy(found.data).permute(0, 3, 1, 2), (size, size), mode="bilinear")
-            data[split] = images.contiguous(), torch.tensor(found.targets)
+            order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+            images = torch.from_numpy(found.data).permute(0, 3, 1, 2)[order]
+            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+            data[split] = images.contiguous(), torch.tensor(found.targets)[order]
     else:
         root = Path(config.data)
         test = root / "test" if (root / "test").is_dir() else root / "val"
@@ -202,22 +239,25 @@ def load_data(config: Config, device) -> dict[str, tuple[Tensor, Tensor]]:
         unknown = {path.name for path in test.iterdir() if path.is_dir() and path.name[0] != "."} - set(classes)
         if unknown:
             die(f"{test} has classes that {root / 'train'} has not: {', '.join(sorted(unknown))}")
-        data = {split: read_folder(path, size, classes) for split, path in (("train", root / "train"), ("test", test))}
-    if "val" not in data:  # hold out a tenth of the training images, the same for every seed
+        data["train"] = read_folder(root / "train", size, classes, cache)
+        data["test"] = read_folder(test, size, classes, cache)
+    if (
+        "val" not in data
+    ):  # hold out a tenth of the training images (they are shuffled already), the same for every seed
         images, labels = data["train"]
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        val, train = order.split([n := min(len(order) // 10, 5000), len(order) - n])
+        n = min(len(labels) // 10, 5000)
         if n == 0:
-            die(f"{config.data} has {len(images)} training images: at least 10 are needed")
-        data |= {"val": (images[val], labels[val]), "train": (images[train], labels[train])}
+            die(f"{config.data} has {len(labels)} training images: at least 10 are needed")
+        data |= {"val": (images[:n], labels[:n]), "train": (images[n:], labels[n:])}
     if config.batch_size > len(data["train"][0]):
         die(f"batch_size {config.batch_size} is larger than the {len(data['train'][0])} training images: lower it")
-    return {split: (images.to(device), labels.to(device)) for split, (images, labels) in data.items()}
+    small = {split: images.nbytes < 4 * 2**30 for split, (images, _) in data.items()}
+    return {split: tuple(part.to(device) if small[split] else part for part in pair) for split, pair in data.items()}
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float 0..1."""
-    return images.float() / 255
+def to_float(images: Tensor, device=None) -> Tensor:
+    """uint8 0..255 -> float 0..1, on the device."""
+    return images.to(device).float() / 255
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,16 +273,18 @@ def autocast(config: Config, device: torch.device):
 def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: int) -> dict[str, float]:
     """World-model measures on the clean images of a split; probes of the mean-pooled teacher, trained on train."""
     (images, labels), (train_images, train_labels) = data[split], (part[:probe_images] for part in data["train"])
-    generator = torch.Generator(images.device).manual_seed(0)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
 
     def pooled(images):
-        return torch.cat([model.teacher(to_float(batch)).float().mean(dim=1) for batch in images.split(250)])
+        return torch.cat([model.teacher(to_float(part, device)).float().mean(dim=1) for part in images.split(250)])
 
-    with autocast(model.config, images.device):
-        result = iwm.measure_world_model(model, to_float(images[:mrr_images]), generator)
-        result["target_std"] = model.targets(to_float(images[:500])).std(dim=(0, 1)).mean().item()
+    with autocast(model.config, device):
+        result = iwm.measure_world_model(model, to_float(images[:mrr_images], device), generator)
+        result["target_std"] = model.targets(to_float(images[:500], device)).std(dim=(0, 1)).mean().item()
         probe = pooled(train_images), train_labels, pooled(images), labels
     result["rankme"] = iwm.rankme(probe[2])
+    probe = [part.to(device) for part in probe]
     return result | {"knn": iwm.knn_accuracy(*probe), "linear": iwm.linear_accuracy(*probe)}
 
 
@@ -383,6 +425,8 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
 
 
 def choose_device(name: str | None) -> torch.device:
+    if WORLD > 1 and torch.cuda.is_available() and name in (None, "cuda"):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1).to(name).tolist()
@@ -418,7 +462,15 @@ def main():
     config, args = parse()
     device = choose_device(args.device)
     torch.set_float32_matmul_precision("high")
-    data = load_data(config, device)
+    if WORLD > 1:
+        if config.batch_size % WORLD:
+            die(f"batch_size {config.batch_size} cannot be shared among {WORLD} processes: make it a multiple")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if RANK > 0:
+            dist.barrier()  # rank 0 downloads or decodes first, the others find it done
+    data = load_data(config, device, args.out.parent / "cache")
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
     train_images = data["train"][0]
     per_epoch = len(train_images) // config.batch_size
 
@@ -439,9 +491,17 @@ def main():
             start, seconds, metrics, losses = (state[name] for name in ("step", "seconds", "metrics", "losses"))
         except Exception as error:  # a damaged file can raise anything
             die(f"{args.out / 'last.pt'} is not a checkpoint of this run: {error!s:.100}")
-    write_whole(args.out / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
+    if config.compile:
+        for part in (model.encoder, model.teacher, model.predictor):
+            part.compile()
+    step_model = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+
+    if RANK == 0:
+        write_whole(args.out / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
 
     def save(step):
+        if RANK > 0:
+            return
         state = {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                  "seconds": clock(), "metrics": metrics, "losses": losses}  # fmt: skip
         write_whole(args.out / "last.pt", lambda path: torch.save(state, path))
@@ -455,6 +515,8 @@ def main():
 
     def record(step):
         """Measure, append to the metrics, refresh the pictures, save."""
+        if RANK > 0:
+            return
         loss = torch.tensor(losses).mean().item() if losses else None
         metrics.append({"step": step, "images": step * config.batch_size, "seconds": clock(), "loss": loss})
         metrics[-1] |= measure(model, data, "val", min(config.mrr_images, 16), 4000)
@@ -462,7 +524,7 @@ def main():
             die(f"the latents are not finite at step {step}: lower --lr ({args.out / 'last.pt'} is from before)")
         losses.clear()
         save(step)
-        images = to_float(data["val"][0][:8])
+        images = to_float(data["val"][0][:8], device)
         draw_views(images, config, args.out / "views.png")
         draw_retrieval(model, images, args.out / "retrieval.png")
         draw_curves(metrics, args.out / "curves.png")
@@ -471,26 +533,28 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
     encoder, predictor = (sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor))
-    print(
-        f"{args.out}: encoder {encoder:,} and predictor {predictor:,} parameters, {len(train_images)} images, {device}"
-    )
-    if plt is None:
+    if RANK == 0:
+        print(f"{args.out}: encoder {encoder:,} and predictor {predictor:,} parameters, {len(train_images)} images, "
+              f"{device}" + f" x {WORLD}" * (WORLD > 1))  # fmt: skip
+    if plt is None and RANK == 0:
         print("no curves.png without matplotlib: pip install matplotlib")
     if start == 0:
         record(0)
     generator, B = torch.Generator(device), config.batch_size
-    bar = tqdm(total=config.steps * B, initial=start * B, unit=" images", unit_scale=True, smoothing=0.05)
+    bar = tqdm(
+        total=config.steps * B, initial=start * B, unit=" images", unit_scale=True, smoothing=0.05, disable=RANK > 0
+    )
     running, saved = [], time.monotonic()
     for step in range(start, config.steps):
         # everything random in a step follows from (seed, step), so a resumed run repeats what it would have been
         if step % per_epoch == 0 or step == start:
             epoch = torch.Generator().manual_seed(config.seed * 10**8 + step // per_epoch)
-            order = torch.randperm(len(train_images), generator=epoch).to(device)
-        generator.manual_seed(config.seed * 10**8 + step)
-        batch = order[step % per_epoch * B :][:B]
+            order = torch.randperm(len(train_images), generator=epoch).to(train_images.device)
+        generator.manual_seed(config.seed * 10**8 + step + RANK * 10**17)
+        batch = order[step % per_epoch * B :][:B][RANK::WORLD]  # each process has its share of the batch
 
         with autocast(config, device):
-            loss = model.loss(to_float(train_images[batch]), generator)
+            loss = step_model(to_float(train_images[batch], device), generator)
         loss.backward()
         lr, weight_decay, momentum = schedule(step, config)
         optimizer.param_groups[0]["weight_decay"] = weight_decay
@@ -507,7 +571,7 @@ def main():
         if len(running) == 20 or measuring or stopped:  # the host reads from the device only here
             losses += torch.stack(running).tolist()
             running.clear()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", mrr=f"{metrics[-1]['mrr']:.3f}")
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", mrr=f"{metrics[-1]['mrr']:.3f}" if metrics else "")
             if not math.isfinite(losses[-1]):
                 die(
                     f"the loss is {losses[-1]} at step {done}, lr {lr:.2g}: lower --lr ({args.out / 'last.pt'} is from before)"
@@ -520,15 +584,19 @@ def main():
         if stopped:
             save(done)
             bar.close()
-            print(f"stopped and saved at step {done}. Go on with: python train.py --out '{args.out}' --resume")
+            if RANK == 0:
+                print(f"stopped and saved at step {done}. Go on with: python train.py --out '{args.out}' --resume")
             sys.exit(128 + stopped[0])
     bar.close()
-    report(model, data, config, args.out, clock())
+    if RANK == 0:
+        report(model, data, config, args.out, clock())
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
     """The last table: the trained network and a randomly initialised one on the test images."""
-    device = data["test"][0].device
+    device = next(model.parameters()).device
     torch.manual_seed(config.seed)
     result = {}
     for name, network in (("trained", model), ("random", IWM(config).to(device))):
