@@ -27,6 +27,7 @@ Rows are written to finetune.jsonl beside the checkpoint as soon as they are kno
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -66,9 +67,10 @@ PROTOCOLS = {  # which rows, trained (above) or in closed form ("knn" or "linear
     "end-to-end": ["attentive", "end-to-end"],
     "scratch": ["attentive", "scratch"],
     "table": ["knn, random init", "knn, teacher", "linear, random init", "linear, teacher", *ROWS],
-    "average": ["linear, teacher", "linear, 1 imagined", "linear, 8 imagined", "linear, 32 imagined"],
+    "average": ["linear, teacher", "linear, predictor", *(f"linear, {k} imagined" for k in (1, 8, 32))],
     "factors": ["linear, random init", "linear, encoder", "linear, teacher", "linear, predictor"],
 }
+VOID = 255  # pixels of a mask that have no class
 FACTORS = ("shape", "colour", "texture", "background")  # the labels of shapes
 
 
@@ -81,9 +83,11 @@ FACTORS = ("shape", "colour", "texture", "background")  # the labels of shapes
 class Task:
     """One task. data: split -> images [n, 3, S, S] uint8 and labels, [n] int64 or, if dense, [n, S, S] uint8."""
 
-    classes: int
-    dense: bool
     data: dict[str, tuple[Tensor, Tensor]]
+
+    def __post_init__(self):
+        self.dense = self.data["train"][1].ndim == 3
+        self.classes = max(int((y[y != VOID] if self.dense else y).max()) for _, y in self.data.values()) + 1
 
 
 def load_tasks(names: list[str], config: Config, labels: int, device, cache: Path) -> dict[str, Task]:
@@ -92,11 +96,13 @@ def load_tasks(names: list[str], config: Config, labels: int, device, cache: Pat
     if config.data == "shapes":
         names = ["shape" if name == "classify" else name for name in names]
         made = {s: train.shapes(n, seed, config.image_size) for seed, (s, n) in enumerate(train.SHAPES_IMAGES.items())}
-        for part in made.values():  # the class of each pixel: 0 is background, then the shapes
+        for part in made.values():
+            part["images"] = part["images"].to(device)  # once: the tasks share them
+            # the class of each pixel: 0 is background, then the shapes
             part["segment"] = (part["mask"] * (part["shape"] + 1)[:, None, None]).byte()
     for name in names:
         if made and name in (*FACTORS, "segment"):
-            data = {split: (part["images"].to(device), part[name].to(device)) for split, part in made.items()}
+            data = {split: (part["images"], part[name].to(device)) for split, part in made.items()}
         elif name in FACTORS:
             die(f"task {name} needs --data shapes, here it is {config.data or 'not given'}")
         elif name == "segment":
@@ -107,14 +113,14 @@ def load_tasks(names: list[str], config: Config, labels: int, device, cache: Pat
             data = train.load_data(config if name == "classify" else replace(config, data=name), device, cache)
         if labels:
             data["train"] = tuple(part[:labels] for part in data["train"])
-        tasks[name] = Task(max(int(y.max()) for _, y in data.values()) + 1, data["train"][1].ndim == 3, data)
+        tasks[name] = Task(data)
     return tasks
 
 
 def load_segmentation(config: Config, device) -> dict[str, tuple[Tensor, Tensor]]:
     """Oxford-IIIT Pet (--data pets; pet, background, border) or a folder with images/ and masks/ of the same names.
 
-    A mask holds the class of each pixel, 0, 1, 2 ...; the last tenth of a shuffled folder is its test set.
+    A mask holds the class of each pixel, 0, 1, 2 ... (255: none); the last tenth of a shuffled folder is its test set.
     """
     size = config.image_size
     if config.data == "pets":
@@ -143,14 +149,16 @@ def load_segmentation(config: Config, device) -> dict[str, tuple[Tensor, Tensor]
         images, labels = [], []
         for image, mask in tqdm(files, desc=f"reading {split}", leave=False):
             try:
-                with Image.open(mask) as opened:
+                with Image.open(mask) as opened, Image.open(image) as other:
+                    if opened.size != other.size:
+                        raise ValueError(f"their sizes differ, {opened.size} and {other.size}")
                     cut = TF.center_crop(TF.resize(opened, size, TF.InterpolationMode.NEAREST), size)
                     label = torch.from_numpy(np.array(cut))
                 images.append(torch.tensor(train.read_image(image, size)))
             except train.IMAGE_ERRORS as error:
                 die(f"{image} or {mask} cannot be read: {error}")
             if label.ndim != 2 or label.dtype != torch.uint8:
-                die(f"{mask} is no mask: one channel of 8 bits, the class of each pixel, is needed")
+                die(f"{mask} is no mask: one channel of 8 bits, the class of each pixel (255: none), is needed")
             labels.append(label - first)
         data[split] = torch.stack(images).permute(0, 3, 1, 2).contiguous().to(device), torch.stack(labels).to(device)
     tenth = len(data["train"][0]) // 10
@@ -165,7 +173,10 @@ def load_segmentation(config: Config, device) -> dict[str, tuple[Tensor, Tensor]
 
 
 class AttentiveHead(nn.Module):
-    """One learned query attends to the latents, then a linear layer. [B, N, D] -> logits [B, classes]."""
+    """One learned query attends to the latents, then a linear layer. [B, N, D] -> logits [B, classes].
+
+    deviation: multi-head attention behind a LayerNorm; the paper's head is not known in more detail.
+    """
 
     def __init__(self, width: int, heads: int, classes: int):
         super().__init__()
@@ -181,7 +192,10 @@ class AttentiveHead(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """A linear layer on each patch, upsampled to the pixels. [B, N, D] -> logits [B, classes, S, S]."""
+    """A linear layer on each patch, upsampled to the pixels. [B, N, D] -> logits [B, classes, S, S].
+
+    deviation: the simplest head there is; the paper's is not known.
+    """
 
     def __init__(self, width: int, size: int, classes: int):
         super().__init__()
@@ -218,10 +232,11 @@ class Network(nn.Module):
         self.predictor = random.predictor if predictor else None
         if predictor == "learned":
             self.predictor.load_state_dict(model.predictor.state_dict())
-        self.heads = nn.ModuleDict({
-            name: DenseHead(config.width, config.image_size, task.classes) if task.dense
-            else AttentiveHead(config.width, config.heads, task.classes) for name, task in tasks.items()
-        })  # fmt: skip
+        self.tasks = list(tasks)
+        self.heads = nn.ModuleList([
+            DenseHead(config.width, config.image_size, task.classes) if task.dense
+            else AttentiveHead(config.width, config.heads, task.classes) for task in tasks.values()
+        ])  # fmt: skip
         # one token per task tells a shared predictor what is asked
         several = predictor and len(tasks) > 1
         self.task_tokens = nn.Parameter(0.02 * torch.randn(len(tasks), 1, config.pred_width)) if several else None
@@ -231,17 +246,17 @@ class Network(nn.Module):
 
     def forward(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each task's images (uint8) or their latents -> each task's logits. All parts share one forward pass."""
-        sizes = [len(part) for part in parts.values()]
+        which = torch.tensor([self.tasks.index(name) for name, part in parts.items() for _ in range(len(part))])
         z = torch.cat(list(parts.values()))
         if z.dtype == torch.uint8:
             z = self.encoder(to_float(z))
+        elif not torch.is_autocast_enabled(z.device.type):
+            z = z.float()
         if self.predictor:
-            tokens = None
-            if self.task_tokens is not None:
-                which = [list(self.heads).index(name) for name, size in zip(parts, sizes) for _ in range(size)]
-                tokens = self.task_tokens[which]
+            tokens = None if self.task_tokens is None else self.task_tokens[which]
             z = self.predictor.everywhere(z, null_action(z), tokens)
-        return {name: self.heads[name](part) for name, part in zip(parts, z.split(sizes))}
+        split = z.split([len(part) for part in parts.values()])
+        return {name: self.heads[self.tasks.index(name)](part) for name, part in zip(parts, split)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,9 +265,13 @@ class Network(nn.Module):
 
 
 def mean_iou(predicted: Tensor, truth: Tensor, classes: int) -> float:
-    """Mean over classes of intersection / union, over all pixels; a class that neither has does not count."""
+    """Mean over classes of intersection / union, over all pixels; a class that neither has does not count.
+
+    predicted, truth: int tensors of one shape, classes 0..classes - 1; pixels whose truth is VOID are left out.
+    """
+    predicted, truth = predicted[truth != VOID], truth[truth != VOID]
     pairs = (truth.long() * classes + predicted.long()).flatten().bincount(minlength=classes**2)
-    confusion = pairs.view(classes, classes).double()
+    confusion = pairs.view(classes, classes).cpu().double()
     union = confusion.sum(dim=0) + confusion.sum(dim=1) - confusion.diagonal()
     return (confusion.diagonal() / union)[union > 0].mean().item()
 
@@ -260,68 +279,79 @@ def mean_iou(predicted: Tensor, truth: Tensor, classes: int) -> float:
 @torch.no_grad()
 def score(network: Network, name: str, task: Task, split: str, inputs: Tensor) -> float:
     """Accuracy, or mIoU of a dense task, on one split."""
-    with train.autocast(network.config, inputs.device):
-        predicted = torch.cat([network({name: part})[name].argmax(dim=1) for part in inputs.split(250)])
-    labels = task.data[split][1]
-    return mean_iou(predicted, labels, task.classes) if task.dense else (predicted == labels).double().mean().item()
+    device, labels = next(network.parameters()).device, task.data[split][1]
+    with train.autocast(network.config, device):
+        found = torch.cat([network({name: part.to(device)})[name].argmax(dim=1) for part in inputs.split(250)]).cpu()
+    return mean_iou(found, labels.cpu(), task.classes) if task.dense else (found == labels.cpu()).double().mean().item()
 
 
-def fit(network: Network, tasks: dict[str, Task], inputs: dict, batch: int, lr: float, seed: int, args, title: str):
-    """Train everything that is not frozen, `batch` images of each task a step."""
-    learned = {id(p) for p in network.learned}
-    fresh = [p for p in network.parameters() if p.requires_grad and id(p) not in learned]
-    groups = [{"params": fresh, "lr": lr}, {"params": network.learned, "lr": lr * args.learned_lr}]
-    optimizer = torch.optim.AdamW(groups[: 1 + bool(learned)], weight_decay=args.weight_decay, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(  # warm-up over a tenth of the steps, then a cosine to 0
-        optimizer, [group["lr"] for group in optimizer.param_groups], args.steps, pct_start=0.1, cycle_momentum=False
+def fit(
+    network: Network, tasks: dict[str, Task], inputs: dict, batch: int, lr: float, seed: int, args, title: str
+) -> bool:
+    """Train everything that is not frozen, `batch` images of each task a step. -> whether the loss stayed finite
+
+    deviation: AdamW, a tenth of the steps warm-up, then a cosine to 0; the learned encoder too has the lower lr.
+    """
+    learned, device = {id(p) for p in network.learned}, next(network.parameters()).device
+    groups = {}  # (lr, weight decay) -> parameters; no decay on biases, norms and tokens, as in pretraining
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            decay = 0.0 if p.ndim <= 1 or name.endswith(("bias", "query", "tokens")) else args.weight_decay
+            groups.setdefault((lr * args.learned_lr if id(p) in learned else lr, decay), []).append(p)
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()], fused=True
     )
-    device = fresh[0].device
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1, 10 * (i + 1) / args.steps) * 0.5 * (1 + math.cos(math.pi * i / args.steps))
+    )
     generator = torch.Generator(device).manual_seed(seed)
-    orders = {name: torch.empty(0, dtype=torch.long, device=device) for name in tasks}
+    orders = {name: torch.empty(0, dtype=torch.long) for name in tasks}
     for _ in tqdm(range(args.steps), desc=title, leave=False):
         parts, labels = {}, {}
         for name, task in tasks.items():
             images, truth = inputs[name]["train"], task.data["train"][1]
             if len(orders[name]) < batch:  # a new epoch
-                orders[name] = torch.randperm(len(images), device=device, generator=generator)
+                orders[name] = torch.randperm(len(images), device=device, generator=generator).to(images.device)
             now, orders[name] = orders[name].tensor_split([batch])
-            parts[name], labels[name] = images[now], truth[now].long()
+            parts[name], labels[name] = images[now].to(device), truth[now.to(truth.device)].to(device).long()
             if args.augment:
                 crop = iwm.random_crop_flip(to_float(parts[name]), network.config, generator)
                 parts[name] = (255 * crop).round().byte()
         with train.autocast(network.config, device):
             logits = network(parts)
-        loss = sum(F.cross_entropy(logits[name].float(), labels[name]) for name in tasks) / len(tasks)
+        ignored = {name: VOID if task.dense else -100 for name, task in tasks.items()}
+        losses = [F.cross_entropy(logits[n].float(), labels[n], ignore_index=ignored[n]) for n in tasks]
+        loss = torch.stack(losses).mean()
         loss.backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    if not loss.isfinite():
-        die(f"{title}: the loss is {loss.item()}, lower --lr")
+    return loss.isfinite().item()
 
 
 @torch.no_grad()
-def encode_all(encode, images: Tensor, config: Config) -> Tensor:
-    """encode (float images -> anything) on all uint8 images, in chunks."""
-    with train.autocast(config, images.device):
-        return torch.cat([encode(to_float(part)) for part in images.split(250)])
+def encoded(cache: dict, who: tuple, encode, images: Tensor, config: Config, device) -> Tensor:
+    """encode(float images) of all uint8 images, in chunks. Kept in `cache` until another encoder (`who`) asks."""
+    if cache.get("who") != who:
+        cache.clear()
+        cache["who"] = who
+    key = images.data_ptr(), len(images)  # tasks on the same images share them
+    if key not in cache:
+        with train.autocast(config, device):
+            cache[key] = torch.cat([encode(to_float(part, device)) for part in images.split(250)])
+    return cache[key]
 
 
 def inputs_of(network: Network, row: str, tasks: dict[str, Task], seed: int, args, cache: dict) -> dict:
     """task -> split -> uint8 images or, where a frozen encoder would give the same at every step, their latents."""
     inputs = {name: {split: images for split, (images, _) in task.data.items()} for name, task in tasks.items()}
-    kind = ROWS[row][0]
-    if not kind.startswith("frozen") or args.augment:
-        return inputs
-    if cache.get("encoder") != (kind, seed * ("random" in kind)):  # one encoder's latents at a time: they are large
-        cache.clear()
-        cache["encoder"] = kind, seed * ("random" in kind)
-    dtype = torch.bfloat16 if network.config.bf16 else torch.float32
-    for splits in inputs.values():
-        for split, images in splits.items():
-            if images.data_ptr() not in cache:  # tasks on the same images share them
-                cache[images.data_ptr()] = encode_all(lambda x: network.encoder(x).to(dtype), images, network.config)
-            splits[split] = cache[images.data_ptr()]
+    if ROWS[row][0].startswith("frozen") and not args.augment:
+        config, device = network.config, next(network.parameters()).device
+        who = ROWS[row][0], seed * ("random" in ROWS[row][0])
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        for splits in inputs.values():
+            for split, images in splits.items():
+                splits[split] = encoded(cache, who, lambda x: network.encoder(x).to(dtype), images, config, device)
     return inputs
 
 
@@ -331,10 +361,14 @@ def trained_row(row: str, model: IWM, tasks: dict[str, Task], batch: int, seed: 
     for lr in args.lr:
         network = Network(row, model, tasks, seed)
         inputs = inputs_of(network, row, tasks, seed, args, cache)
-        fit(network, tasks, inputs, batch, lr, seed, args, f"{row}, seed {seed}, lr {lr:g}")
+        if not fit(network, tasks, inputs, batch, lr, seed, args, f"{row}, seed {seed}, lr {lr:g}"):
+            tqdm.write(f"{row}: diverged at lr {lr:g}")
+            continue
         val = {name: score(network, name, task, "val", inputs[name]["val"]) for name, task in tasks.items()}
         if best is None or sum(val.values()) > sum(best["val"].values()):
             best = {"val": val, "lr": lr, "network": network}
+    if best is None:
+        die(f"{row} diverged at every lr of --lr: lower it")
     network = best.pop("network")
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     test = {name: score(network, name, task, "test", inputs[name]["test"]) for name, task in tasks.items()}
@@ -342,18 +376,20 @@ def trained_row(row: str, model: IWM, tasks: dict[str, Task], batch: int, seed: 
 
 
 def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int) -> dict:
-    """knn or linear (ridge regression), then whose mean-pooled latents: nothing is trained by gradient."""
+    """knn or linear (ridge regression), then whose mean-pooled latents: nothing is trained by gradient.
+
+    "K imagined" is the mean over K random actions of what the predictor imagines (paper: does it make them invariant?).
+    deviation: as in finetuning, the predictor gets the teacher's latents; it was trained on the student's.
+    """
     probe, source = row.split(", ")
-    config, device = model.config, next(model.parameters()).device
+    config, device, cache = model.config, next(model.parameters()).device, {}
     torch.manual_seed(seed)
     random, generator = IWM(config).to(device), torch.Generator(device).manual_seed(seed)
 
-    def imagined(images):  # the mean of K imagined variants (paper, appendix)
-        z, total = model.teacher(images), 0
-        for _ in range(int(source.split()[0])):
-            params = iwm.jitter_params(len(z), config, generator, device, always=True)
-            total = total + model.predictor.everywhere(z, iwm.bank_actions(params, config)).float()
-        return total
+    def imagined(images):
+        z, variants = model.teacher(images), int(source.split()[0])
+        params = (iwm.jitter_params(len(z), config, generator, device, always=True) for _ in range(variants))
+        return sum(model.predictor.everywhere(z, iwm.bank_actions(p, config)).float() for p in params) / variants
 
     encode = {
         "random init": random.encoder,
@@ -361,15 +397,18 @@ def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int) -> 
         "teacher": model.teacher,
         "predictor": lambda images: model.predictor.everywhere(z := model.teacher(images), null_action(z)),
     }.get(source, imagined)
-    result, pooled = {"val": {}, "test": {}, "lr": None, "trainable": 0}, {}
+    accuracy = iwm.knn_accuracy if probe == "knn" else iwm.linear_accuracy
+    result = {"val": {}, "test": {}, "lr": None, "trainable": 0}
     for name, task in tasks.items():
-        for images, _ in task.data.values():
-            if images.data_ptr() not in pooled:
-                pooled[images.data_ptr()] = encode_all(lambda x: encode(x).float().mean(dim=1), images, config)
-        parts = {split: (pooled[images.data_ptr()], labels) for split, (images, labels) in task.data.items()}
-        accuracy = iwm.knn_accuracy if probe == "knn" else iwm.linear_accuracy
+        pooled = {
+            split: (
+                encoded(cache, (), lambda x: encode(x).float().mean(dim=1), images, config, device),
+                labels.to(device),
+            )
+            for split, (images, labels) in task.data.items()
+        }
         for split in ("val", "test"):
-            result[split][name] = accuracy(*parts["train"], *parts[split])
+            result[split][name] = accuracy(*pooled["train"], *pooled[split])
         result["trainable"] += (config.width + 1) * task.classes if probe == "linear" else 0
     return result
 
@@ -390,8 +429,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--labels", type=int, default=0, help="train on the first N labelled images only (default: 0, all)")
     add("--seeds", type=int, default=1, help="seeds per row; the table gives mean and standard deviation")
     add("--seed", type=int, default=0, help="the first of them")
-    add("--steps", type=int, default=300, help="optimiser steps of a trained row")
-    add("--batch-size", type=int, default=128, help="images a step, shared among the tasks")
+    add("--steps", type=int, default=400, help="optimiser steps of a trained row")
+    add("--batch-size", type=int, default=64, help="images a step, shared among the tasks")
     add(
         "--lr",
         default="1e-3",
@@ -414,14 +453,14 @@ def parse(argv=None) -> argparse.Namespace:
             die(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
     if not all(0 < lr < 10 for lr in [*args.lr, args.learned_lr]) or not 0 <= args.weight_decay <= 10:
         die("--lr and --learned-lr must be above 0, --weight-decay at least 0, all below 10")
-    if args.labels < 0 or args.seed < 0:
-        die("--labels and --seed must be at least 0")
+    if args.labels < 0 or not 0 <= args.seed < 10**9:
+        die("--labels must be at least 0, --seed between 0 and 999999999")
     if len(set(args.tasks)) < len(args.tasks) or args.batch_size < len(args.tasks):
         die(f"--task {args.task}: name each task once, at most --batch-size of them")
     if "segment" in args.tasks and (
-        args.augment or len(args.tasks) > 1 or args.protocol in ("knn", "average", "factors")
+        args.augment or len(args.tasks) > 1 or args.protocol in ("knn", "linear", "average", "factors")
     ):
-        die("--task segment stands alone, without --augment, and not with the protocols knn, average and factors")
+        die("--task segment stands alone, without --augment, and not with the protocols knn, linear, average, factors")
     return args
 
 
@@ -433,7 +472,7 @@ def load_checkpoint(path: Path, device) -> IWM:
         model.load_state_dict(state["model"])
         return model.requires_grad_(False)
     except Exception as error:  # a damaged or foreign file can raise anything
-        die(f"{path} is not a checkpoint (last.pt) of train.py: {str(error).splitlines()[0]:.100}")
+        die(f"{path} is not a checkpoint (last.pt) of train.py: {' '.join(str(error).split()):.100}")
 
 
 def table(records: list[dict], tasks: list[str], encoder: int) -> str:
@@ -443,13 +482,15 @@ def table(records: list[dict], tasks: list[str], encoder: int) -> str:
         spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
         return f"{100 * statistics.mean(values):.1f}{spread}"
 
-    lines = ["| " + " | ".join(["row", "trained parameters", "of encoder", *tasks, "lr", "seconds"]) + " |"]
-    lines.append("|---" * (len(tasks) + 5) + "|")
+    columns = [*tasks, *(["mean"] if len(tasks) > 1 else [])]
+    lines = ["| " + " | ".join(["row", "trained parameters", "of encoder", *columns, "lr", "seconds"]) + " |"]
+    lines.append("|---" * (len(columns) + 5) + "|")
     for row in dict.fromkeys(record["row"] for record in records):
         same = [record for record in records if record["row"] == row]
         cells = [row, f"{same[0]['trainable']:,}", f"{100 * same[0]['trainable'] / encoder:.0f} %"]
-        cells += [percent([record["test"][name] for record in same]) for name in tasks]
-        cells.append(", ".join(sorted({f"{record['lr']:g}" for record in same if record["lr"]})) or "-")
+        scores = [record["test"] | {"mean": statistics.mean(record["test"].values())} for record in same]
+        cells += [percent([score[name] for score in scores]) for name in columns]
+        cells.append(", ".join(f"{lr:g}" for lr in sorted({lr for record in same for lr in record["lr"]})) or "-")
         cells.append(f"{statistics.mean(record['seconds'] for record in same):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -457,14 +498,14 @@ def table(records: list[dict], tasks: list[str], encoder: int) -> str:
 
 def main():
     args = parse()
+    if train.WORLD > 1:
+        die("finetune.py runs on one device: start it without torchrun")
     device = train.choose_device(args.device)
     model = load_checkpoint(args.checkpoint, device)
     config = model.config = replace(model.config, data=args.data or model.config.data, batch_size=1)
     tasks = load_tasks(args.tasks, config, args.labels, device, args.checkpoint.parent.parent / "cache")
-    args.tasks, batch = list(tasks), args.batch_size // len(tasks)
-    for name, task in tasks.items():
-        if batch > len(task.data["train"][1]):
-            die(f"--batch-size asks for {batch} images of {name}, which has {len(task.data['train'][1])}: lower it")
+    args.tasks = list(tasks)
+    batch = min([args.batch_size // len(tasks), *(len(task.data["train"][1]) for task in tasks.values())])
     file = (args.out or args.checkpoint.parent) / "finetune.jsonl"
     settings = {name: getattr(args, name) for name in ("tasks", "labels", "steps", "batch_size", "learned_lr",
                                                        "weight_decay", "augment")}  # fmt: skip
@@ -473,48 +514,46 @@ def main():
         "lrs": args.lr,
         "checkpoint": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:12],
     }
+    known = []
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        for line in file.read_text().splitlines() if file.exists() else ():
+            if line.startswith("{") and line.endswith("}"):  # the last line may have been cut off
+                known.append(json.loads(line))
     except (OSError, ValueError) as error:
         die(f"{file} cannot be read: {error}")
 
-    file_lines, records, cache = [json.dumps(record) for record in known], [], {}
-
-    def one(row, tasks, seed):
-        if row in ROWS:
-            return trained_row(row, model, tasks, batch, seed, args, cache)
-        return closed_form_row(row, model, tasks, seed)
-
-    def one_each(row, tasks, seed):
-        """The same row with a network per task, as one record."""
-        alone = [one(row, {name: task}, seed) for name, task in tasks.items()]
-        merged = {split: {k: v for record in alone for k, v in record[split].items()} for split in ("val", "test")}
-        return merged | {"lr": alone[0]["lr"], "trainable": sum(record["trainable"] for record in alone)}
-
-    dense = "segment" in tasks
+    records, cache, dense = [], {}, "segment" in tasks
     for row in PROTOCOLS[args.protocol]:
         if dense and row not in ROWS:
             continue
-        ways = {row.replace("attentive", "linear per patch") if dense else row: one}
+        ways = {row.replace("attentive", "linear per patch") if dense else row: [tasks]}
         if len(tasks) > 1 and row in ROWS and not row.startswith("attentive"):  # there is something to share
-            ways = {f"{row}, shared": one, f"{row}, one each": one_each}
+            ways = {f"{row}, shared": [tasks], f"{row}, one each": [{name: task} for name, task in tasks.items()]}
         repeats = args.seeds if row in ROWS or "random" in row or "imagined" in row else 1  # others have no randomness
-        for name, way in ways.items():
-            for seed in range(args.seed, args.seed + repeats):
-                record = {"row": name, "seed": seed, **settings}
-                done = [old for old in known if args.resume and record.items() <= old.items()]
-                if done:
-                    records.append(done[-1])
-                    continue
-                started = time.monotonic()
-                record |= way(row, tasks, seed)
-                record["seconds"] = round(time.monotonic() - started, 1)
-                records.append(record)
-                file_lines.append(json.dumps(record))
-                train.write_whole(file, lambda path: path.write_text("".join(line + "\n" for line in file_lines)))
-                tqdm.write(f"{name}, seed {seed}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in record["val"].items())
-                           + f" % on held-out images, {record['seconds']:.0f} s")  # fmt: skip
+        for (name, groups), seed in itertools.product(ways.items(), range(args.seed, args.seed + repeats)):
+            record = {"row": name, "seed": seed, **settings}
+            done = [old for old in known if args.resume and record.items() <= old.items()]
+            if done:
+                records.append(done[-1])
+                continue
+            started = time.monotonic()
+            parts = [trained_row(row, model, group, batch, seed, args, cache) if row in ROWS
+                     else closed_form_row(row, model, group, seed) for group in groups]  # fmt: skip
+            record |= {split: {k: v for part in parts for k, v in part[split].items()} for split in ("val", "test")}
+            record |= {
+                "lr": [part["lr"] for part in parts if part["lr"]],
+                "trainable": sum(p["trainable"] for p in parts),
+            }
+            record["seconds"] = round(time.monotonic() - started, 1)
+            records.append(record)
+            try:
+                with file.open("a") as out:
+                    out.write(json.dumps(record) + "\n")
+            except OSError as error:
+                die(f"cannot write {file}: {error}")
+            scores = ", ".join(f"{k} {100 * v:.1f}" for k, v in record["val"].items())
+            tqdm.write(f"{name}, seed {seed}: {scores} % on held-out images, {record['seconds']:.0f} s")
     encoder = sum(p.numel() for p in model.encoder.parameters())
     print(
         f"\n{'mIoU' if dense else 'Accuracy'} on the test images in percent; {args.steps} steps of {args.batch_size} images, {device}\n"

@@ -4,6 +4,7 @@ ops, naive loops, numbers worked by hand.
     pytest -q                    # all of them
     pytest -q -k jitter          # one topic
     IWM=my_iwm pytest -q         # the same tests against another module, say a student's own
+    python test_iwm.py           # no test: a benchmark of this machine
 """
 
 import importlib
@@ -11,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from dataclasses import asdict, replace
 
@@ -19,6 +21,8 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2 import ColorJitter
 
 import finetune
 import train
@@ -740,14 +744,14 @@ class TestFolderCache:
         second = train.load_data(config, "cpu", tmp_path)
         assert all(torch.equal(a, b) for split in first for a, b in zip(first[split], second[split]))
 
-        for file in tmp_path.glob("*.labels"):  # as if the decoding had been interrupted
-            file.unlink()
+        for file in tmp_path.glob("*"):  # as if the disk had lost its end
+            os.truncate(file, file.stat().st_size - 5)
         calls = []
         monkeypatch.setattr(
             train, "read_image", lambda file, size: calls.append(file) or torch.zeros(32, 32, 3).byte().numpy()
         )
         train.load_data(config, "cpu", tmp_path)
-        assert len(calls) == 65, "a cache without its last part must be made anew"
+        assert len(calls) == 65, "a cache that is not whole must be made anew"
         train.load_data(replace(config, image_size=16, patch=4), "cpu", tmp_path / "other")
         assert len(calls) == 130
 
@@ -820,7 +824,7 @@ class TestFinetune:
         data = {split: made["images"][part] for split, part in
                 (("train", slice(0, 80)), ("val", slice(80, 100)), ("test", slice(100, 120)))}  # fmt: skip
         labels = {"train": slice(0, 80), "val": slice(80, 100), "test": slice(100, 120)}
-        return {n: finetune.Task(8, False, {s: (data[s], made[n][labels[s]]) for s in data}) for n in names}
+        return {n: finetune.Task({s: (data[s], made[n][labels[s]]) for s in data}) for n in names}
 
     def network(self, row, model, *names, seed=1):
         return finetune.Network(row, model, self.tasks(*(names or ("shape",))), seed)
@@ -875,15 +879,15 @@ class TestFinetune:
             finetune.fit(
                 network, tasks, finetune.inputs_of(network, row, tasks, 1, self.ARGS, {}), 8, 1e-2, 1, self.ARGS, ""
             )
-        ends, scratch = ([group["initial_lr"] * 25 for group in optimizer.param_groups] for optimizer in made)
-        assert ends == pytest.approx([1e-2, 1e-3]) and scratch == pytest.approx([1e-2])
+        ends, scratch = ([group["initial_lr"] for group in optimizer.param_groups] for optimizer in made)
+        assert {round(lr, 6) for lr in ends} == {1e-2, 1e-3} and {round(lr, 6) for lr in scratch} == {1e-2}
 
     def test_finetuning_task_tokens_tell_the_predictor_what_is_asked(self):
         network, images = self.network("learned predictor", tiny(), "shape", "colour"), train.shapes(4, 3)["images"]
         together = network({"shape": images, "colour": images})
         alone = network({"colour": images})["colour"]
         torch.testing.assert_close(together["colour"], alone, atol=1e-5, rtol=1e-4)
-        network.heads["colour"] = network.heads["shape"]
+        network.heads[1] = network.heads[0]
         same_head = network({"shape": images, "colour": images})
         assert not torch.allclose(same_head["shape"], same_head["colour"], atol=1e-5), "the task token changes nothing"
         assert self.network("learned predictor", tiny()).task_tokens is None
@@ -906,6 +910,8 @@ class TestFinetune:
             naive += [both / either] if either else []
         assert finetune.mean_iou(found, truth, 5) == pytest.approx(sum(naive) / len(naive))
         assert finetune.mean_iou(truth, truth, 5) == 1
+        holes = truth.masked_fill(torch.rand(truth.shape, generator=seeded()) < 0.3, finetune.VOID)
+        assert finetune.mean_iou(truth, holes, 4) == 1, "pixels without a class must not count"
 
     def test_finetuning_prints_a_table_keeps_its_rows_and_resumes(self, checkpoint, monkeypatch, capsys):
         flags = [checkpoint, "--steps", 2, "--batch-size", 16, "--seeds", 2, "--device", "cpu"]
@@ -951,7 +957,7 @@ class TestFinetune:
         assert data["test"][1].shape == (4, 32, 32) and data["test"][1].max() == 1
 
     @pytest.mark.parametrize("flags, named", [
-        (["--lr", "x"], "--lr"), (["--steps", "0"], "--steps"), (["--task", "hat"], "hat"), (["--labels", "5"], "batch-size"),
+        (["--lr", "x"], "--lr"), (["--steps", "0"], "--steps"), (["--task", "hat"], "hat"), (["--labels", "-5"], "labels"),
         (["--task", "segment", "--data", "nowhere"], "nowhere"), (["--data", "nowhere"], "nowhere"),
         (["--task", "shape,shape"], "shape"), (["--device", "abacus"], "abacus"), (["--seeds", "0"], "--seeds"),
     ])  # fmt: skip
@@ -985,3 +991,105 @@ class TestPaperScale:
         loss = model.loss(torch.rand(1, 3, 224, 224), seeded())
         loss.backward()
         assert loss.isfinite() and sum(p.numel() for p in model.predictor.parameters()) in range(30_000_000, 36_000_000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmark, for whatever machine it runs on: python test_iwm.py. Nothing here is a test: times are never asserted
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MatrixProducts(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps every matrix product that runs inside it, to run them again alone: the floor of a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **kwargs or {})
+
+
+def benchmark():
+    device = train.choose_device(None)
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
+    print(f"{device} ({name}), torch {torch.__version__}; medians of 7, in milliseconds unless said\n")
+
+    def median(*functions):
+        """Median times in ms of functions that take turns, so that a busy machine slows all of them alike."""
+        times = [[] for _ in functions]
+        for _ in range(8):
+            for f, found in zip(functions, times):
+                start = time.perf_counter()
+                f()
+                torch.cuda.synchronize() if cuda else None
+                found.append(1000 * (time.perf_counter() - start))
+        return [sorted(found[1:])[3] for found in times]
+
+    def row(label, value, note=""):
+        print(f"| {label} | {value} | {note} |", flush=True)
+
+    def stepper(config, images):
+        model = iwm.IWM(config).to(device)
+        optimizer = train.make_optimizer(model, config)
+
+        def step():
+            with train.autocast(config, device):
+                loss = model.loss(images)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_teacher(0.99)
+
+        return step
+
+    print("| what | measured | |\n|---|---|---|")
+    config = iwm.PRESETS["cifar"]
+    images = torch.rand(256, 3, 32, 32, device=device)
+    params = iwm.jitter_params(256, config, device=device)
+    one_by_one = lambda: TestJitter.reference(images, params)
+    one_draw = ColorJitter(0.8, 0.8, 0.4, 0.2)
+    ours, batched, loop = median(lambda: iwm.jitter(images, params), lambda: one_draw(images), one_by_one)
+    row("jitter, 256 x 32 x 32, parameters per image", f"{ours:.1f}")
+    row("torchvision v2.ColorJitter, one draw per batch", f"{batched:.1f}", f"{batched / ours:.1f} times ours")
+    row("torchvision's functional ops, image by image", f"{loop:.0f}", f"{loop / ours:.0f} times ours")
+
+    images = images[: config.batch_size]
+    step, fp32 = stepper(config, images), stepper(replace(config, bf16=False), images)
+    with MatrixProducts() as products:
+        step()
+    views = lambda: (iwm.make_views(images, config), iwm.sample_masks(len(images), 8, config, None, device))
+    whole, single, drawing, floor = median(
+        step, fp32, views, lambda: [f(*args, **kwargs) for f, args, kwargs in products.calls]
+    )
+    row(
+        f"training step, cifar preset, batch {len(images)}",
+        f"{whole:.0f}",
+        f"{1000 * len(images) / whole:.0f} images/s",
+    )
+    row("its views and masks", f"{drawing:.1f}", f"{100 * drawing / whole:.0f} % of the step")
+    row("its matrix products alone", f"{floor:.0f}", f"the step takes {whole / floor:.2f} times its floor")
+    row("the step in float32", f"{single:.0f}", f"{single / whole:.1f} times bfloat16")
+
+    print("\n| cost as work grows (cifar preset) | images/s |\n|---|---|")
+    for field, values in {"batch_size": (16, 64, 256), "image_size": (16, 32, 64), "pred_depth": (3, 6, 12)}.items():
+        grown = [replace(config, **{field: value}) for value in values]
+        sizes = [(c.batch_size, torch.rand(c.batch_size, 3, c.image_size, c.image_size, device=device)) for c in grown]
+        times = median(*(stepper(c, x) for c, (_, x) in zip(grown, sizes)))
+        speeds = [f"{1000 * b / ms:.0f}" for (b, _), ms in zip(sizes, times)]
+        print(f"| {field} {', '.join(map(str, values))} | {', '.join(speeds)} |", flush=True)
+
+    print("\n| preset | encoder | predictor | patches | GFLOP per image and step |\n|---|---|---|---|---|")
+    for preset, config in iwm.PRESETS.items():
+        model = iwm.IWM(config)
+        with FlopCounterMode(display=False) as counter:
+            model.loss(torch.rand(1, 3, config.image_size, config.image_size)).backward()
+        size = [f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M" for part in (model.encoder, model.predictor)]
+        print(f"| {preset} | {' | '.join(size)} | {config.grid**2} | {counter.get_total_flops() / 1e9:.2f} |")
+    print(f"\npeak memory of this benchmark: {train.peak_memory(device) or float('nan'):.1f} GiB")
+
+
+if __name__ == "__main__":
+    benchmark()

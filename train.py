@@ -5,6 +5,7 @@
     python train.py --data path/to/folder             # train/<class>/*.jpg and test/<class>/*.jpg (or val/)
     python train.py --conditioning none               # an ablation is one flag: see --help
     python train.py --out runs/shapes --resume        # go on with a run that was stopped
+    python train.py --table runs/*                    # a table of finished runs, over their seeds
     torchrun --nproc_per_node=2 train.py              # several devices: the batch is shared among them
 
 A run folder holds config.json, metrics.jsonl (a JSON object a measurement, on held-out training images), result.json
@@ -18,10 +19,12 @@ import math
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +58,15 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # ... of so many; only rank 0 writ
 
 def die(message: str):
     """One clear line and exit code 2."""
-    if RANK == 0:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}{f' (rank {RANK})' * (RANK > 0)}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def make_folder(path: Path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        die(f"cannot make the folder {path}: {error}")
 
 
 def write_whole(path: Path, write):
@@ -67,8 +76,9 @@ def write_whole(path: Path, write):
         write(aside)
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        aside.unlink(missing_ok=True)
         die(f"cannot write {path}: {error}")
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,10 +177,9 @@ def read_folder(folder: Path, size: int, classes: list[str], cache: Path) -> tup
     """
     suffixes = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
     found = [(file, label) for label, name in enumerate(classes) for file in sorted((folder / name).glob("*"))]
-    files = [(file, label) for file, label in found if file.suffix.lower() in suffixes and file.name[0] != "."]
-    stats = [(f"{file.parent.name}/{file.name}", (stat := file.stat()).st_size, stat.st_mtime_ns) for file, _ in files]
-    name = hashlib.sha256(json.dumps([size, classes, stats]).encode()).hexdigest()[:16]
-    pixels, kept = cache / f"{name}.pixels", cache / f"{name}.labels"  # the second is written last: then both are whole
+    files = [(f, label) for f, label in found if f.suffix.lower() in suffixes and f.name[0] != "." and f.is_file()]
+    stats = [(f"{f.parent.name}/{f.name}", (stat := f.stat()).st_size, stat.st_mtime_ns) for f, _ in files]
+    decoded = cache / hashlib.sha256(json.dumps([size, classes, stats]).encode()).hexdigest()[:16]
 
     def decode(item):
         try:
@@ -178,38 +187,35 @@ def read_folder(folder: Path, size: int, classes: list[str], cache: Path) -> tup
         except IMAGE_ERRORS as error:
             tqdm.write(f"skipped {item[0]}: {error}", file=sys.stderr)
 
-    def decode_all(aside):
+    def decode_all(aside):  # all pixels, then all labels
         random.Random(0).shuffle(files)  # so that any part of them has all classes
+        labels, bar = [], tqdm(total=len(files), desc=f"decoding {folder}, once", leave=False)
         with open(aside, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
-            bar = tqdm(total=len(files), desc=f"decoding {folder}, once", leave=False)
             for part in (files[i : i + 1000] for i in range(0, len(files), 1000)):  # never all of them in memory
                 for image, (_, label) in zip(pool.map(decode, part), part):
                     bar.update()
                     if image is not None:
                         out.write(image.transpose(2, 0, 1).tobytes())
                         labels.append(label)
-
-    labels = []
-    if not kept.exists():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            die(f"cannot make the folder of decoded images {cache}: {error}")
-        write_whole(pixels, decode_all)
+            out.write(np.array(labels, dtype=np.int64).tobytes())
         if labels and len(labels) < len(files):
             print(f"skipped {len(files) - len(labels)} of {len(files)} files of {folder}", file=sys.stderr)
-        write_whole(kept, lambda path: np.array(labels, dtype=np.int64).tofile(path))
-    labels = torch.from_numpy(np.fromfile(kept, dtype=np.int64))
-    if len(labels) == 0:
+
+    pixels = 3 * size * size
+    if not decoded.exists() or decoded.stat().st_size % (pixels + 8):
+        make_folder(cache)
+        write_whole(decoded, decode_all)
+    n = decoded.stat().st_size // (pixels + 8)
+    if n == 0:
         die(f"{folder} has no images that can be read: put them at {folder}/<class>/*.jpg")
-    images = torch.from_file(str(pixels), size=len(labels) * 3 * size * size, dtype=torch.uint8)
-    return images.view(-1, 3, size, size), labels
+    images, labels = torch.from_file(str(decoded), size=n * (pixels + 8), dtype=torch.uint8).split([n * pixels, n * 8])
+    return images.view(n, 3, size, size), labels.clone().view(torch.int64)
 
 
 def load_data(config: Config, device, cache: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """{"train" | "val" | "test": (images [n, 3, S, S] uint8, labels [n] int64)}, on the device.
 
-    Images of a folder stay in their memory-mapped file when they are more than 4 GiB; their labels do too, on the CPU.
+    A split of more than 4 GiB stays on the CPU: images of a folder then stay in their memory-mapped file.
     """
     data, size = {}, config.image_size
     if config.data == "shapes":
@@ -219,9 +225,8 @@ def load_data(config: Config, device, cache: Path) -> dict[str, tuple[Tensor, Te
     elif config.data in ("cifar10", "cifar100"):
         for split in ("train", "test"):
             try:
-                found = getattr(torchvision.datasets, config.data.upper())(
-                    "data", train=split == "train", download=True
-                )
+                dataset = getattr(torchvision.datasets, config.data.upper())
+                found = dataset("data", train=split == "train", download=True)
             except Exception as error:  # no network, a damaged archive, no write access
                 die(f"{config.data} is not in ./data and cannot be downloaded ({error}): try --data shapes")
             order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
@@ -233,7 +238,7 @@ def load_data(config: Config, device, cache: Path) -> dict[str, tuple[Tensor, Te
         test = root / "test" if (root / "test").is_dir() else root / "val"
         if not config.data or not (root / "train").is_dir() or not test.is_dir():
             die(
-                f"data {config.data!r} is not shapes, cifar10, cifar100 or a folder with train/<class>/ and test/ or val/"
+                f"data {config.data!r} is not shapes, cifar10, cifar100 or a folder with train/<class>/ and test/<class>/"
             )
         classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir() and path.name[0] != ".")
         unknown = {path.name for path in test.iterdir() if path.is_dir() and path.name[0] != "."} - set(classes)
@@ -241,9 +246,7 @@ def load_data(config: Config, device, cache: Path) -> dict[str, tuple[Tensor, Te
             die(f"{test} has classes that {root / 'train'} has not: {', '.join(sorted(unknown))}")
         data["train"] = read_folder(root / "train", size, classes, cache)
         data["test"] = read_folder(test, size, classes, cache)
-    if (
-        "val" not in data
-    ):  # hold out a tenth of the training images (they are shuffled already), the same for every seed
+    if "val" not in data:  # hold out a tenth of the training images, which are in the same random order for every seed
         images, labels = data["train"]
         n = min(len(labels) // 10, 5000)
         if n == 0:
@@ -361,17 +364,10 @@ def draw_retrieval(model: IWM, images: Tensor, path: Path):
 def draw_curves(metrics: list[dict], path: Path):
     if plt is None:
         return
-    panels = [
-        ["loss"],
-        ["target_std"],
-        ["rankme"],
-        ["mrr", "chance"],
-        ["knn", "linear"],
-        [f"error_{n}" for n in JITTER],
-    ]
+    panels = ["loss", "target_std", "rankme", "mrr chance", "knn linear", " ".join(f"error_{name}" for name in JITTER)]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axis, panel in zip(axes.flat, panels):
-        for name in panel:
+        for name in panel.split():
             points = [(m["images"], m[name]) for m in metrics if m[name] is not None]
             axis.plot(*zip(*points) if points else ([], []), marker=".", label=name)
         axis.set_xlabel("images seen")
@@ -392,12 +388,16 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ from it)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="print a table of finished runs, and stop")
     for f in fields(Config):
         flag = "--" + f.name.replace("_", "-")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         explained = f"{f.metadata['help']} (shapes: {f.default})"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=explained, **kind)
     args = parser.parse_args(argv)
+    if args.table:
+        print(table(args.table))
+        sys.exit()
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     data = given.get("data", "shapes")
     preset = args.preset or {"shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}.get(data, "imagenet100")
@@ -406,27 +406,28 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
         changed = [f"{n}={Path(str(v)).name}" for n, v in given.items() if v != getattr(base, n)]
         args.out = Path("runs") / ",".join([preset, *changed])
     try:
-        if args.resume and (args.out / "config.json").exists():
+        stored = args.out / "config.json"
+        if stored.exists() and not args.resume:
+            die(f"{args.out} holds a run already: add --resume to go on with it, or choose another --out")
+        if stored.exists():
             given = (asdict(base) if args.preset else {}) | given
-            base = Config(**json.loads((args.out / "config.json").read_text()))
+            base = Config(**json.loads(stored.read_text()))
             changed = [f"{n} is {getattr(base, n)} there, {v} here" for n, v in given.items() if v != getattr(base, n)]
             if changed:
                 die(f"{args.out} is a run with another configuration ({'; '.join(changed)}): choose another --out")
         config = replace(base, **given)
     except json.JSONDecodeError as error:
-        die(f"{args.out / 'config.json'} is damaged: {error}")
+        die(f"{stored} is damaged: {error}")
     except (ValueError, TypeError, OSError) as error:
         die(f"{error}")
     if args.resume and not (args.out / "last.pt").exists():
         print(f"{args.out} has no checkpoint to resume: starting at step 0")
-    if (args.out / "config.json").exists() and not args.resume:
-        die(f"{args.out} holds a run already: add --resume to go on with it, or choose another --out")
     return config, args
 
 
 def choose_device(name: str | None) -> torch.device:
     if WORLD > 1 and torch.cuda.is_available() and name in (None, "cuda"):
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1).to(name).tolist()
@@ -465,7 +466,9 @@ def main():
     if WORLD > 1:
         if config.batch_size % WORLD:
             die(f"batch_size {config.batch_size} cannot be shared among {WORLD} processes: make it a multiple")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         if RANK > 0:
             dist.barrier()  # rank 0 downloads or decodes first, the others find it done
     data = load_data(config, device, args.out.parent / "cache")
@@ -478,10 +481,7 @@ def main():
     model = IWM(config).to(device)
     optimizer = make_optimizer(model, config)
     start, seconds, metrics, losses = 0, 0.0, [], []
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        die(f"cannot make the run folder {args.out}: {error}")
+    make_folder(args.out)
     if args.resume and (args.out / "last.pt").exists():
         try:
             state = torch.load(args.out / "last.pt", map_location=device, weights_only=True)
@@ -521,7 +521,10 @@ def main():
         metrics.append({"step": step, "images": step * config.batch_size, "seconds": clock(), "loss": loss})
         metrics[-1] |= measure(model, data, "val", min(config.mrr_images, 16), 4000)
         if not math.isfinite(metrics[-1]["rankme"]):
-            die(f"the latents are not finite at step {step}: lower --lr ({args.out / 'last.pt'} is from before)")
+            die(f"the latents are not finite at step {step}: lower --lr ({args.out}/last.pt is from before)")
+        if step and (metrics[-1]["rankme"] < 2 or metrics[-1]["target_std"] < 0.02):
+            tqdm.write(f"step {step}: RankMe {metrics[-1]['rankme']:.1f}, target std {metrics[-1]['target_std']:.3f}: the "
+                       "latents have collapsed. Stop (Ctrl-C), lower --lr or raise --ema", file=sys.stderr)  # fmt: skip
         losses.clear()
         save(step)
         images = to_float(data["val"][0][:8], device)
@@ -533,17 +536,14 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
     encoder, predictor = (sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor))
-    if RANK == 0:
-        print(f"{args.out}: encoder {encoder:,} and predictor {predictor:,} parameters, {len(train_images)} images, "
-              f"{device}" + f" x {WORLD}" * (WORLD > 1))  # fmt: skip
-    if plt is None and RANK == 0:
+    print(f"{args.out}: encoder {encoder:,} and predictor {predictor:,} parameters, {len(train_images)} images, "
+          f"{device}" + f" x {WORLD}" * (WORLD > 1))  # fmt: skip
+    if plt is None:
         print("no curves.png without matplotlib: pip install matplotlib")
     if start == 0:
         record(0)
     generator, B = torch.Generator(device), config.batch_size
-    bar = tqdm(
-        total=config.steps * B, initial=start * B, unit=" images", unit_scale=True, smoothing=0.05, disable=RANK > 0
-    )
+    bar = tqdm(total=config.steps * B, initial=start * B, unit=" images", unit_scale=True, disable=RANK > 0)
     running, saved = [], time.monotonic()
     for step in range(start, config.steps):
         # everything random in a step follows from (seed, step), so a resumed run repeats what it would have been
@@ -568,30 +568,73 @@ def main():
         bar.update(B)
         done = step + 1
         measuring = done * config.measurements // config.steps > step * config.measurements // config.steps
-        if len(running) == 20 or measuring or stopped:  # the host reads from the device only here
+        if len(running) == 20 or measuring or (stopped and WORLD == 1):  # the host reads from the device only here
             losses += torch.stack(running).tolist()
             running.clear()
             bar.set_postfix(loss=f"{losses[-1]:.3f}", mrr=f"{metrics[-1]['mrr']:.3f}" if metrics else "")
             if not math.isfinite(losses[-1]):
                 die(
-                    f"the loss is {losses[-1]} at step {done}, lr {lr:.2g}: lower --lr ({args.out / 'last.pt'} is from before)"
+                    f"the loss is {losses[-1]} at step {done}, lr {lr:.2g}: lower --lr ({args.out}/last.pt is from before)"
                 )
-            if time.monotonic() - saved > 120 and not measuring:
+            if WORLD > 1:  # stop together or not at all
+                signals = torch.tensor(max(stopped, default=0), device=device)
+                dist.all_reduce(signals, dist.ReduceOp.MAX)
+                stopped = [signals.item()] if signals else []
+            if measuring:
+                record(done)
+            elif stopped or time.monotonic() - saved > 120:
                 save(done)
                 saved = time.monotonic()
-        if measuring:
-            record(done)
-        if stopped:
-            save(done)
-            bar.close()
-            if RANK == 0:
+            if stopped:
+                bar.close()
                 print(f"stopped and saved at step {done}. Go on with: python train.py --out '{args.out}' --resume")
-            sys.exit(128 + stopped[0])
+                sys.exit(128 + stopped[0])
     bar.close()
     if RANK == 0:
         report(model, data, config, args.out, clock())
     if WORLD > 1:
         dist.destroy_process_group()
+
+
+def table(paths: list[Path]) -> str:
+    """Markdown of finished runs (folders, or copies of their result.json). Runs that differ by their seed share a row."""
+    rows, keys = {}, {"mrr": ("MRR", 1), "hit1": ("H@1", 1), "knn": ("kNN %", 100), "linear": ("linear %", 100)}
+    for path in paths:
+        file = path / "result.json" if path.is_dir() else path
+        if path.is_dir() and not file.exists():
+            print(f"{path} is no finished run: left out", file=sys.stderr)
+            continue
+        try:
+            result = json.loads(file.read_text())
+            config, seed = Config(**result["config"]), result["config"]["seed"]
+            found = [factor * result[who][key] for key, (_, factor) in keys.items() for who in ("trained", "random")]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            die(f"{file} is no result.json of a finished run: {error!s:.100}")
+        flags = {preset: [f"--{f.name.replace('_', '-')} {getattr(config, f.name)}" for f in fields(Config)
+                          if f.name not in ("seed", "data") and getattr(config, f.name) != getattr(base, f.name)]
+                 for preset, base in PRESETS.items()}  # fmt: skip
+        nearest = min(PRESETS, key=lambda preset: len(flags[preset]))  # named after the preset that it is nearest to
+        row = (Path(config.data).name, " ".join([nearest, *flags[nearest]]), iwm.chance(config.bank))
+        rows.setdefault(row, {})[seed] = [*found, result["seconds"] / 60]
+
+    def cell(values, digits):
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    lines = ["| data | run | seeds | " + " | ".join(f"{label} | random init" for label, _ in keys.values())
+             + " | minutes |", "|---" * (2 * len(keys) + 4) + "|"]  # fmt: skip
+    for (data, run, by_chance), seeds in rows.items():
+        cells = [cell(values, digits) for values, digits in zip(zip(*seeds.values()), (3, 3, 3, 3, 1, 1, 1, 1, 0))]
+        lines.append(f"| {data} | {run} (MRR by chance {by_chance:.4f}) | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def peak_memory(device) -> float | None:
+    """Most memory held at any time, of the GPU or else of this process, in GiB; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    if resource:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
@@ -601,9 +644,7 @@ def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
     result = {}
     for name, network in (("trained", model), ("random", IWM(config).to(device))):
         result[name] = measure(network, data, "test", config.mrr_images, 10_000)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    if memory is None and resource:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    memory = peak_memory(device)
     result |= {"config": asdict(config), "seconds": seconds, "memory_gib": memory}
     write_whole(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     classes = int(data["train"][1].max()) + 1
@@ -612,12 +653,12 @@ def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
             ("knn", "kNN accuracy", 1 / classes), ("linear", "linear probe accuracy", 1 / classes)]  # fmt: skip
     for key, label, by_chance in rows:
         print(f"{label:24} {result['trained'][key]:9.4f} {result['random'][key]:12.4f} {by_chance:8.4f}")
-    print(
-        f"\n{seconds / 60:.1f} minutes, peak memory {memory or math.nan:.1f} GiB; pictures, metrics and last.pt in {out}"
-    )
+    print(f"\n{seconds / 60:.1f} minutes, peak memory {memory or math.nan:.1f} GiB; everything is in {out}")
 
 
 if __name__ == "__main__":
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     try:
         main()
     except KeyboardInterrupt:
