@@ -28,7 +28,7 @@ Lines tagged "deviation:" depart from the paper or fill in what it does not say;
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -45,87 +45,78 @@ IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the jitter parameters that chan
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _(default, help):
-    return field(default=default, metadata={"help": help})
+def _(default, help, low=None, high=math.inf):
+    """A setting, its explanation and its range."""
+    return field(default=default, metadata={"help": help, "range": (low, high)})
 
 
 @dataclass
 class Config:
     data: str = _(
-        "shapes", "shapes (made on the fly) | cifar10 | cifar100 | a folder with train/<class>/ and val/ or test/"
+        "shapes", "shapes (made on the fly) | cifar10 | cifar100 | a folder with train/<class>/, test/<class>/"
     )
-    image_size: int = _(32, "side of the square views, in pixels; the patch size must divide it")
-    # photometric actions (paper section 3; strengths as in torchvision's ColorJitter)
-    brightness: float = _(0.4, "jitter: factor drawn from 1 -+ this")
-    contrast: float = _(0.4, "jitter: factor drawn from 1 -+ this")
-    saturation: float = _(0.2, "jitter: factor drawn from 1 -+ this")
-    hue: float = _(0.1, "jitter: shift drawn from -+ this, in turns of the colour wheel (at most 0.5)")
-    strength: float = _(
-        2.0, "multiplies the four jitter strengths: 1 is the paper's default, more is its strong jitter"
-    )
-    jitter_prob: float = _(0.8, "probability that a view is jittered at all")
-    blur_prob: float = _(0.2, "probability of blur on the source view")
-    gray_prob: float = _(0.2, "probability of grayscale on the source view")
-    solarize_prob: float = _(0.1, "probability of solarisation on the source view")
-    crop_min: float = _(0.3, "smallest area of the random crop, as a share of the image; 1 turns cropping off")
+    image_size: int = _(32, "side of the square views, in pixels; the patch size must divide it", 1)
+    # photometric actions (strengths as in torchvision's ColorJitter)
+    brightness: float = _(0.4, "jitter: factor drawn from 1 -+ this", 0, 100)
+    contrast: float = _(0.4, "jitter: factor drawn from 1 -+ this", 0, 100)
+    saturation: float = _(0.2, "jitter: factor drawn from 1 -+ this", 0, 100)
+    hue: float = _(0.1, "jitter: shift drawn from -+ this, in turns of the colour wheel (at most 0.5)", 0, 100)
+    # deviation: 2 in the small presets, where a short run does not learn contrast and saturation at the paper's 1
+    strength: float = _(2.0, "multiplies the four jitter strengths: 1 is the paper's default", 0, 100)
+    jitter_prob: float = _(0.8, "probability that a view is jittered at all", 0, 1)
+    blur_prob: float = _(0.2, "probability of blur on the source view", 0, 1)
+    gray_prob: float = _(0.2, "probability of grayscale on the source view", 0, 1)
+    solarize_prob: float = _(0.1, "probability of solarisation on the source view", 0, 1)
+    crop_min: float = _(0.3, "smallest area of the random crop, as a share of the image; 1 turns cropping off", 1e-3, 1)
     # masks
-    blocks: int = _(4, "rectangles whose union is masked")
-    block_min: float = _(0.15, "smallest area of a rectangle, as a share of the image")
-    block_max: float = _(0.20, "largest area of a rectangle, as a share of the image")
-    context: float = _(0.56, "share of the patches that the encoder sees, the rest is masked")
+    blocks: int = _(4, "rectangles whose union is masked", 1)
+    block_min: float = _(0.15, "smallest area of a rectangle, as a share of the image", 1e-3, 0.99)
+    block_max: float = _(0.20, "largest area of a rectangle, as a share of the image", 1e-3, 0.99)
+    context: float = _(0.56, "share of the patches that the encoder sees, the rest is masked", 1e-3, 0.999)
     # encoder
-    patch: int = _(4, "side of a patch, in pixels")
-    width: int = _(128, "width D of the encoder")
-    depth: int = _(4, "blocks of the encoder")
-    heads: int = _(4, "attention heads, of the encoder and of the predictor")
+    patch: int = _(4, "side of a patch, in pixels", 1)
+    width: int = _(128, "width D of the encoder", 1)
+    depth: int = _(4, "blocks of the encoder", 1)
+    heads: int = _(4, "attention heads, of the encoder and of the predictor", 1)
     # predictor, the world model
     conditioning: str = _("feature", "how the predictor is told the action: none | sequence | feature")
-    pred_width: int = _(96, "width W of the predictor")
-    pred_depth: int = _(6, "blocks of the predictor")
+    pred_width: int = _(96, "width W of the predictor", 1)
+    pred_depth: int = _(6, "blocks of the predictor", 1)
     target_norm: bool = _(True, "layer-norm the teacher's latents before the loss")
-    # optimisation
-    steps: int = _(2400, "optimiser steps")
-    batch_size: int = _(64, "images a step")
-    lr: float = _(1e-3, "peak learning rate; try lowering it when RankMe falls towards 1 (collapse)")
-    warmup: float = _(0.1, "share of the steps in which the learning rate rises")
-    weight_decay: float = _(0.04, "weight decay of AdamW at the start (none on biases and norms)")
-    weight_decay_end: float = _(0.4, "weight decay at the end, reached along a cosine")
-    ema: float = _(0.995, "teacher's momentum at the start; rises linearly to 1. It averages about 1/(1-ema) steps")
-    seed: int = _(0, "seed of the weights, the data order, the views and the masks")
+    # optimisation; deviation: fitted to runs of a few thousand steps
+    steps: int = _(2400, "optimiser steps", 1)
+    batch_size: int = _(64, "images a step", 1)
+    lr: float = _(1e-3, "peak learning rate; try lowering it when RankMe falls towards 1 (collapse)", 1e-12, 100)
+    warmup: float = _(0.1, "share of the steps in which the learning rate rises", 0, 1)
+    weight_decay: float = _(0.04, "weight decay of AdamW at the start (none on biases and norms)", 0, 100)
+    weight_decay_end: float = _(0.4, "weight decay at the end, reached along a cosine", 0, 100)
+    ema: float = _(
+        0.995, "teacher's momentum at the start, rises linearly to 1; it averages about 1/(1-ema) steps", 0, 1
+    )
+    seed: int = _(0, "seed of the weights, the data order, the views and the masks", 0, 10**9 - 1)
     # measuring
-    measurements: int = _(6, "how many times a run measures itself, the end included")
-    bank: int = _(256, "variants V of an image that MRR ranks")
-    mrr_images: int = _(32, "held-out images that MRR averages over")
+    measurements: int = _(6, "how many times a run measures itself, the end included", 1)
+    bank: int = _(256, "variants V of an image that MRR ranks", 2)
+    mrr_images: int = _(32, "held-out images that MRR averages over", 1)
     # machine
     bf16: bool = _(True, "forward and backward in bfloat16 (weights and optimiser stay float32)")
     compile: bool = _(False, "torch.compile encoder, teacher and predictor: minutes at the start, faster steps after")
 
     def __post_init__(self):
-        """Raises ValueError with one line that names the setting and the fix."""
+        """Raises ValueError with one line that names the setting and its range."""
 
         def need(ok, message):
             if not ok:
                 raise ValueError(message)
 
-        for name in ("image_size", "patch", "width", "depth", "heads", "pred_width", "pred_depth", "blocks", "steps",
-                     "batch_size", "measurements", "mrr_images"):  # fmt: skip
-            need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("brightness", "contrast", "saturation", "hue", "strength", "weight_decay", "weight_decay_end"):
-            need(0 <= getattr(self, name) <= 100, f"{name} is {getattr(self, name)}: it must be between 0 and 100")
-        for name in ("jitter_prob", "blur_prob", "gray_prob", "solarize_prob", "warmup", "ema"):
-            need(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}: it must be between 0 and 1")
-        need(0 < self.context < 1, f"context is {self.context}: it must be between 0 and 1")
-        need(0 < self.crop_min <= 1, f"crop_min is {self.crop_min}: it must be above 0 and at most 1")
-        need(0 < self.block_min <= self.block_max < 1, "block_min and block_max must be shares: 0 < min <= max < 1")
-        need(0 < self.lr <= 100, f"lr is {self.lr}: it must be above 0 and at most 100")
-        need(0 <= self.seed < 10**9, f"seed is {self.seed}: it must be between 0 and 999999999")
-        need(self.bank >= 2, f"bank is {self.bank}: ranking needs at least 2 variants")
+        for f in fields(self):
+            (low, high), value = f.metadata["range"], getattr(self, f.name)
+            need(low is None or low <= value <= high, f"{f.name} is {value}: it must be between {low} and {high}")
+        need(self.block_min <= self.block_max, f"block_min {self.block_min} is above block_max {self.block_max}")
         need(self.conditioning in ("none", "sequence", "feature"),
              f"conditioning is {self.conditioning!r}: choose none, sequence or feature")  # fmt: skip
         need(self.image_size % self.patch == 0, f"patch {self.patch} does not divide image_size {self.image_size}")
-        need(
-            self.grid >= 2, f"patch {self.patch} leaves a single patch of image_size {self.image_size}: make it smaller"
-        )
+        need(self.grid >= 2, f"patch {self.patch} leaves one patch of image_size {self.image_size}: make it smaller")
         for name in ("width", "pred_width"):
             w = getattr(self, name)
             need(w % 4 == 0 and w % self.heads == 0, f"{name} {w} must be a multiple of 4 and of heads ({self.heads})")
@@ -242,7 +233,10 @@ def solarize(images: Tensor) -> Tensor:
 
 
 def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
-    """Random resized crop (area crop_min..1, aspect 3/4..4/3) and horizontal flip. -> [B, 3, S, S], S = image_size."""
+    """Random resized crop (area crop_min..1, aspect 3/4..4/3) and horizontal flip. -> [B, 3, S, S], S = image_size.
+
+    deviation: the paper's scale and aspect are not known; these are I-JEPA's scale and torchvision's aspect.
+    """
     B = len(images)
     area, aspect, x, y, flip = torch.rand(5, B, device=images.device, generator=generator)
     area = config.crop_min + (1 - config.crop_min) * area
@@ -276,7 +270,7 @@ def make_action(params_x: Tensor, params_y: Tensor, flags_x: Tensor, config: Con
 
 @torch.no_grad()
 def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, Tensor, Tensor]:
-    """One shared crop and flip, then two views of it (paper section 3).
+    """One shared crop and flip, then two views of it.
 
     images: [B, 3, H, W] float in 0..1. Returns source x and target y, both [B, 3, S, S] in 0..1 and pixel-aligned,
     and the action a(x->y) [B, 7]. deviation: both views are jittered independently, neither is made from the other.
@@ -394,7 +388,7 @@ def init_weights(module: nn.Module):
         nn.init.zeros_(module.bias)
 
 
-def scale_output_projections(blocks: nn.ModuleList):
+def scale_output_projections(blocks: nn.Sequential):
     """Divide each block's output projections by sqrt(2 * its number), so that the residual stream does not grow."""
     for i, block in enumerate(blocks, start=1):
         block.proj.weight.data.div_(math.sqrt(2 * i))
@@ -408,7 +402,7 @@ class ViT(nn.Module):
         super().__init__()
         self.patch = config.patch
         self.embed = nn.Linear(3 * config.patch**2, config.width)
-        self.blocks = nn.ModuleList([Block(config.width, config.heads) for _ in range(config.depth)])
+        self.blocks = nn.Sequential(*[Block(config.width, config.heads) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.register_buffer("positions", sincos_positions(config.width, config.grid), persistent=False)
         self.apply(init_weights)
@@ -421,10 +415,7 @@ class ViT(nn.Module):
         positions = self.positions
         if context is not None:
             patches, positions = gather(patches, context), positions[context]
-        x = self.embed(patches) + positions
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(self.embed(patches) + positions))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,12 +432,13 @@ class Predictor(nn.Module):
         self.conditioning = config.conditioning
         self.embed = nn.Linear(D, W)
         self.mask_token = nn.Parameter(torch.zeros(W))
-        self.blocks = nn.ModuleList([Block(W, config.heads) for _ in range(config.pred_depth)])
+        self.blocks = nn.Sequential(*[Block(W, config.heads) for _ in range(config.pred_depth)])
         self.norm = nn.LayerNorm(W, eps=1e-6)
         self.out = nn.Linear(W, D)
         self.register_buffer("positions", sincos_positions(W, config.grid), persistent=False)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         if self.conditioning == "sequence":  # one linear layer R -> R^W for each of the A scalars
+            # deviation: initial scale 1, as large as a latent's embedding, so that the action is heard from the start
             self.action_weight = nn.Parameter(torch.randn(A, W))
             self.action_bias = nn.Parameter(torch.randn(A, W))
         if self.conditioning == "feature":  # three layers R^(W + A) -> R^W, the same for every mask token
@@ -470,14 +462,13 @@ class Predictor(nn.Module):
             x = torch.cat([action.unsqueeze(2) * self.action_weight + self.action_bias, x], dim=1)
         if extra is not None:
             x = torch.cat([extra, x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.out(self.norm(x[:, -masked.shape[1] :]))
+        x = self.blocks(x)[:, -masked.shape[1] :]  # what became of the mask tokens
+        return self.out(self.norm(x))
 
     def everywhere(self, z: Tensor, action: Tensor, extra: Tensor | None = None) -> Tensor:
         """Imagine all positions from the latents of all positions, z: [B, N, D] -> [B, N, D].
 
-        Note: in training a mask token never stands at a position that the encoder sees. The paper lives with this gap.
+        Note: in training a mask token never stands at a position that the encoder sees; here each of them does.
         """
         positions = torch.arange(z.shape[1], device=z.device).expand(len(z), -1)
         return self(z, positions, positions, action, extra)
@@ -489,7 +480,7 @@ class Predictor(nn.Module):
 
 
 class IWM(nn.Module):
-    """The paper's figure 1. `loss` is one training step's forward; `imagine` uses the world model afterwards."""
+    """The figure above. `loss` is one training step's forward; `imagine` uses the world model afterwards."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -590,15 +581,14 @@ def measure_world_model(model: IWM, images: Tensor, generator=None) -> dict[str,
     """MRR, H@1, H@5, chance, and the error of each jitter component, over clean images [B, 3, S, S] in 0..1.
 
     deviation: the paper names neither distance nor encoder. Here: the teacher's targets of a bank of jittered variants,
-    the student's latents of the clean image, all positions, L2. The bank is jittered always, so that it has no
+    the student's latents of the clean image, all positions, L2. The bank is jittered only, and always, so that it has no
     duplicates. error_<component>: how far the nearest variant is from the true one when only that component sweeps
     its range, as a share of the range (no knowledge: 0.25 if it always imagines the middle, 0.5 if an end).
     """
     config, found, errors = model.config, [], {name: [] for name in JITTER}
     for image in images.split(1):
-        _, bank, imagined = variants(
-            model, image, jitter_params(config.bank, config, generator, image.device, always=True)
-        )
+        params = jitter_params(config.bank, config, generator, image.device, always=True)
+        _, bank, imagined = variants(model, image, params)
         found.append(ranks(imagined, bank))
         for i, name in enumerate(JITTER):
             _, bank, imagined = variants(model, image, sweep_params(i, config))
