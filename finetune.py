@@ -49,14 +49,14 @@ import train
 from iwm import IWM, Config
 from train import die, to_float
 
-ROWS = {  # row: (encoder, predictor)
-    "attentive, random init": ("frozen, random", None),
-    "attentive": ("frozen", None),
-    "random predictor": ("frozen", "random"),
-    "learned predictor": ("frozen", "learned"),
-    "encoder": ("learned", None),
-    "end-to-end": ("learned", "learned"),
-    "scratch": ("random", "random"),
+ROWS = {  # row: encoder, predictor, lr (chosen on held-out images of CIFAR-10)
+    "attentive, random init": ("frozen, random", None, 3e-3),
+    "attentive": ("frozen", None, 3e-3),
+    "random predictor": ("frozen", "random", 1e-3),
+    "learned predictor": ("frozen", "learned", 3e-3),
+    "encoder": ("learned", None, 3e-3),
+    "end-to-end": ("learned", "learned", 3e-3),
+    "scratch": ("random", "random", 1e-3),
 }
 PROTOCOLS = {  # which rows, trained (above) or in closed form ("knn" or "linear", then whose latents)
     "predictor": ["attentive, random init", "attentive", "random predictor", "learned predictor"],
@@ -125,10 +125,9 @@ def load_segmentation(config: Config, device) -> dict[str, tuple[Tensor, Tensor]
     size = config.image_size
     if config.data == "pets":
         try:
-            sets = {
-                split: torchvision.datasets.OxfordIIITPet("data", name, "segmentation", download=True)
-                for split, name in (("train", "trainval"), ("test", "test"))
-            }
+            pets = torchvision.datasets.OxfordIIITPet
+            sets = {split: pets("data", name, "segmentation", download=True)
+                    for split, name in (("train", "trainval"), ("test", "test"))}  # fmt: skip
         except Exception as error:  # no network, a damaged archive, no write access
             die(f"pets is not in ./data and cannot be downloaded ({error}): try --data shapes")
         pairs = {split: list(zip(found._images, found._segs)) for split, found in sets.items()}
@@ -221,7 +220,7 @@ class Network(nn.Module):
         super().__init__()
         self.config = config = model.config
         device = next(model.parameters()).device
-        encoder, predictor = ROWS[row]
+        encoder, predictor, _ = ROWS[row]
         torch.manual_seed(seed)
         random = IWM(config).to(device)
         self.encoder = random.encoder
@@ -358,7 +357,7 @@ def inputs_of(network: Network, row: str, tasks: dict[str, Task], seed: int, arg
 def trained_row(row: str, model: IWM, tasks: dict[str, Task], batch: int, seed: int, args, cache: dict) -> dict:
     """Train one row with one seed, choose its lr on the held-out split, read the test set once."""
     best = None
-    for lr in args.lr:
+    for lr in args.lr or [ROWS[row][2]]:
         network = Network(row, model, tasks, seed)
         inputs = inputs_of(network, row, tasks, seed, args, cache)
         if not fit(network, tasks, inputs, batch, lr, seed, args, f"{row}, seed {seed}, lr {lr:g}"):
@@ -400,13 +399,10 @@ def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int) -> 
     accuracy = iwm.knn_accuracy if probe == "knn" else iwm.linear_accuracy
     result = {"val": {}, "test": {}, "lr": None, "trainable": 0}
     for name, task in tasks.items():
-        pooled = {
-            split: (
-                encoded(cache, (), lambda x: encode(x).float().mean(dim=1), images, config, device),
-                labels.to(device),
-            )
-            for split, (images, labels) in task.data.items()
-        }
+        pooled = {}
+        for split, (images, labels) in task.data.items():
+            features = encoded(cache, (), lambda x: encode(x).float().mean(dim=1), images, config, device)
+            pooled[split] = features, labels.to(device)
         for split in ("val", "test"):
             result[split][name] = accuracy(*pooled["train"], *pooled[split])
         result["trainable"] += (config.width + 1) * task.classes if probe == "linear" else 0
@@ -429,13 +425,10 @@ def parse(argv=None) -> argparse.Namespace:
     add("--labels", type=int, default=0, help="train on the first N labelled images only (default: 0, all)")
     add("--seeds", type=int, default=1, help="seeds per row; the table gives mean and standard deviation")
     add("--seed", type=int, default=0, help="the first of them")
-    add("--steps", type=int, default=400, help="optimiser steps of a trained row")
+    add("--steps", type=int, default=300, help="optimiser steps of a trained row")
     add("--batch-size", type=int, default=64, help="images a step, shared among the tasks")
-    add(
-        "--lr",
-        default="1e-3",
-        help="of random weights; from a list, 3e-4,1e-3, a row takes the best on held-out images",
-    )
+    add("--lr", help="of random weights (default: each row's own); from a list, 1e-3,3e-3, a row takes the best on "
+        "held-out images")  # fmt: skip
     add("--learned-lr", type=float, default=0.1, help="the lr of learned weights, as a share of --lr")
     add("--weight-decay", type=float, default=0.05, help="of AdamW")
     add("--augment", action="store_true", help="random crops and flips; frozen latents are then computed at every step")
@@ -445,7 +438,7 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.tasks = list(FACTORS if args.protocol == "factors" and args.task == "classify" else args.task.split(","))
     try:
-        args.lr = [float(lr) for lr in args.lr.split(",")]
+        args.lr = [float(lr) for lr in args.lr.split(",")] if args.lr else []
     except ValueError:
         die(f"--lr {args.lr} is not a number, or several with commas between them")
     for name in ("seeds", "steps", "batch_size"):
@@ -457,9 +450,8 @@ def parse(argv=None) -> argparse.Namespace:
         die("--labels must be at least 0, --seed between 0 and 999999999")
     if len(set(args.tasks)) < len(args.tasks) or args.batch_size < len(args.tasks):
         die(f"--task {args.task}: name each task once, at most --batch-size of them")
-    if "segment" in args.tasks and (
-        args.augment or len(args.tasks) > 1 or args.protocol in ("knn", "linear", "average", "factors")
-    ):
+    alone = not args.augment and len(args.tasks) == 1 and args.protocol not in ("knn", "linear", "average", "factors")
+    if "segment" in args.tasks and not alone:
         die("--task segment stands alone, without --augment, and not with the protocols knn, linear, average, factors")
     return args
 
@@ -509,11 +501,8 @@ def main():
     file = (args.out or args.checkpoint.parent) / "finetune.jsonl"
     settings = {name: getattr(args, name) for name in ("tasks", "labels", "steps", "batch_size", "learned_lr",
                                                        "weight_decay", "augment")}  # fmt: skip
-    settings |= {
-        "data": config.data,
-        "lrs": args.lr,
-        "checkpoint": hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:12],
-    }
+    weights = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:12]
+    settings |= {"data": config.data, "lrs": args.lr, "checkpoint": weights}
     known = []
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -541,10 +530,8 @@ def main():
             parts = [trained_row(row, model, group, batch, seed, args, cache) if row in ROWS
                      else closed_form_row(row, model, group, seed) for group in groups]  # fmt: skip
             record |= {split: {k: v for part in parts for k, v in part[split].items()} for split in ("val", "test")}
-            record |= {
-                "lr": [part["lr"] for part in parts if part["lr"]],
-                "trainable": sum(p["trainable"] for p in parts),
-            }
+            record["lr"] = [part["lr"] for part in parts if part["lr"]]
+            record["trainable"] = sum(part["trainable"] for part in parts)
             record["seconds"] = round(time.monotonic() - started, 1)
             records.append(record)
             try:
@@ -555,9 +542,8 @@ def main():
             scores = ", ".join(f"{k} {100 * v:.1f}" for k, v in record["val"].items())
             tqdm.write(f"{name}, seed {seed}: {scores} % on held-out images, {record['seconds']:.0f} s")
     encoder = sum(p.numel() for p in model.encoder.parameters())
-    print(
-        f"\n{'mIoU' if dense else 'Accuracy'} on the test images in percent; {args.steps} steps of {args.batch_size} images, {device}\n"
-    )
+    measure = "mIoU" if dense else "Accuracy"
+    print(f"\n{measure} on the test images, percent; {args.steps} steps of {args.batch_size} images, {device}\n")
     print(table(records, args.tasks, encoder))
     print(f"\nrows kept in {file}")
 
