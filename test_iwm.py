@@ -10,11 +10,12 @@ ops, naive loops, numbers worked by hand.
 import importlib
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 import types
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -982,6 +983,59 @@ class TestFinetune:
             code, out = call(finetune, monkeypatch, capsys, tmp_path / name)
             assert code == 2 and name in out and len(out.strip().splitlines()) == 1, out
         assert not (tmp_path / "hacked").exists()
+
+
+class TestFuzz:
+    """Seeded random input; FUZZ=300 pytest -q -k Fuzz for a long one."""
+
+    N = int(os.environ.get("FUZZ", 12))
+
+    def test_a_random_configuration_trains_or_is_refused_in_one_line(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(train, "SHAPES_IMAGES", {"train": 20, "val": 10, "test": 10})
+        rng = random.Random(self.N)
+        odd = [0, -1, 1, 2, 3, 7, 0.5, 1e-9, -0.5, 99, float("nan"), float("inf")]
+        sane = {"image_size": [16, 24, 32], "patch": [4, 8], "width": [8, 16, 24], "depth": [1, 2], "heads": [1, 2, 4],
+                "pred_width": [8, 16], "pred_depth": [1, 2], "blocks": [1, 4, 9], "conditioning": list("nsf"),
+                "batch_size": [1, 2, 8, 20], "steps": [1, 2], "bank": [2, 5], "mrr_images": [1, 3],
+                "measurements": [1, 2]}  # fmt: skip
+        names = {"n": "none", "s": "sequence", "f": "feature"}
+        outcomes = {0: 0, 2: 0}
+        for i in range(self.N):
+            flags = []
+            for f in fields(iwm.Config):
+                if f.name in ("data", "bf16", "compile", "target_norm"):
+                    continue
+                if f.name in sane:
+                    value = rng.choice(sane[f.name]) if rng.random() < 0.97 else int(rng.choice(odd[:6]))
+                elif rng.random() < 0.2:
+                    value = rng.choice(odd)
+                else:
+                    continue
+                value = names.get(value, value)
+                flags.append(
+                    f"--{f.name.replace('_', '-')}={int(value) if f.name == 'seed' and value == value and abs(value) < 1e9 else value}"
+                )
+            code, out = call(train, monkeypatch, capsys, *flags, "--device", "cpu", "--out", tmp_path / str(i))
+            assert code in (0, 2), f"{flags}: {out}"
+            assert code == 0 or not (tmp_path / str(i) / "result.json").exists()
+            outcomes[code] += 1
+        assert min(outcomes.values()) > 0, f"the fuzz is too tame or too wild: {outcomes}"
+
+    def test_a_damaged_checkpoint_is_refused_or_harmless(self, tmp_path, monkeypatch, capsys):
+        model, rng = tiny(), random.Random(self.N)
+        torch.save({"config": asdict(model.config), "model": model.state_dict()}, tmp_path / "whole.pt")
+        whole = (tmp_path / "whole.pt").read_bytes()
+        for _ in range(4 * self.N):
+            damaged = bytearray(whole)
+            for _ in range(rng.choice([1, 10, 1000])):
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+            damaged = damaged[: rng.randrange(len(damaged))] if rng.random() < 0.3 else damaged
+            (tmp_path / "last.pt").write_bytes(damaged)
+            try:
+                finetune.load_checkpoint(tmp_path / "last.pt", "cpu")
+            except SystemExit as error:
+                out = capsys.readouterr().err
+                assert error.code == 2 and "last.pt" in out and len(out.splitlines()) == 1, out
 
 
 class TestPaperScale:
