@@ -6,6 +6,7 @@
     python finetune.py runs/shapes/last.pt --task segment              # per-patch outputs, upsampled to pixels: mIoU
     python finetune.py runs/shapes/last.pt --protocol average          # a linear probe on the mean of K imagined variants
     python finetune.py runs/shapes/last.pt --protocol factors          # what the latents of each network hold
+    python finetune.py runs/shapes/finetune.jsonl                      # print the rows found so far
 
 The rows of a table. "Frozen" is the EMA teacher of the checkpoint, "learned" starts from it and is finetuned:
 
@@ -417,7 +418,7 @@ def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int) -> 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="last.pt of a run of train.py")
+    add("checkpoint", type=Path, help="last.pt of a run of train.py; a finetune.jsonl: print its tables")
     add("--protocol", choices=PROTOCOLS, default="predictor", help="which rows (default: predictor and its controls)")
     add("--task", default="classify", help="classify | segment | a list: factors of shapes (shape,colour,texture,"
         "background) or data sets (cifar10,cifar100). factors takes all four factors by itself")  # fmt: skip
@@ -467,7 +468,16 @@ def load_checkpoint(path: Path, device) -> IWM:
         die(f"{path} is not a checkpoint (last.pt) of train.py: {' '.join(str(error).split()):.100}")
 
 
-def table(records: list[dict], tasks: list[str], encoder: int) -> str:
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a finetune.jsonl; none if there is no such file. A last line that was cut off does not count."""
+    try:
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    except (OSError, ValueError) as error:
+        die(f"{file} cannot be read: {error}")
+
+
+def table(records: list[dict], tasks: list[str]) -> str:
     """Markdown, a row of the table per row of the protocol: mean and standard deviation over its seeds, in percent."""
 
     def percent(values):
@@ -479,7 +489,7 @@ def table(records: list[dict], tasks: list[str], encoder: int) -> str:
     lines.append("|---" * (len(columns) + 5) + "|")
     for row in dict.fromkeys(record["row"] for record in records):
         same = [record for record in records if record["row"] == row]
-        cells = [row, f"{same[0]['trainable']:,}", f"{100 * same[0]['trainable'] / encoder:.0f} %"]
+        cells = [row, f"{same[0]['trainable']:,}", f"{100 * same[0]['trainable'] / same[0]['encoder']:.0f} %"]
         scores = [record["test"] | {"mean": statistics.mean(record["test"].values())} for record in same]
         cells += [percent([score[name] for score in scores]) for name in columns]
         cells.append(", ".join(f"{lr:g}" for lr in sorted({lr for record in same for lr in record["lr"]})) or "-")
@@ -488,8 +498,25 @@ def table(records: list[dict], tasks: list[str], encoder: int) -> str:
     return "\n".join(lines)
 
 
+def describe(records: list[dict]) -> str:
+    """The tables of these rows, one for each set of settings, with its heading."""
+    kinds = ("data", "tasks", "labels", "steps", "batch_size", "checkpoint")
+    text = []
+    for kind in dict.fromkeys(json.dumps([record[k] for k in kinds]) for record in records):
+        same = [record for record in records if json.dumps([record[k] for k in kinds]) == kind]
+        data, tasks, labels, steps, batch, checkpoint = json.loads(kind)
+        measure = "mIoU" if tasks == ["segment"] else "accuracy"
+        text.append(f"{Path(data).name}, {measure} on the test images in percent; {labels or 'all'} training labels, "
+                    f"{steps} steps of {batch} images, checkpoint {checkpoint}")  # fmt: skip
+        text.append(table(same, tasks))
+    return "\n\n".join(text)
+
+
 def main():
     args = parse()
+    if args.checkpoint.suffix == ".jsonl":
+        print(describe(read_rows(args.checkpoint)))
+        return
     if train.WORLD > 1:
         die("finetune.py runs on one device: start it without torchrun")
     device = train.choose_device(args.device)
@@ -503,14 +530,9 @@ def main():
                                                        "weight_decay", "augment")}  # fmt: skip
     weights = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:12]
     settings |= {"data": config.data, "lrs": args.lr, "checkpoint": weights}
-    known = []
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        for line in file.read_text().splitlines() if file.exists() else ():
-            if line.startswith("{") and line.endswith("}"):  # the last line may have been cut off
-                known.append(json.loads(line))
-    except (OSError, ValueError) as error:
-        die(f"{file} cannot be read: {error}")
+    settings["encoder"] = sum(p.numel() for p in model.encoder.parameters())
+    train.make_folder(file.parent)
+    known = read_rows(file)
 
     records, cache, dense = [], {}, "segment" in tasks
     for row in PROTOCOLS[args.protocol]:
@@ -541,10 +563,7 @@ def main():
                 die(f"cannot write {file}: {error}")
             scores = ", ".join(f"{k} {100 * v:.1f}" for k, v in record["val"].items())
             tqdm.write(f"{name}, seed {seed}: {scores} % on held-out images, {record['seconds']:.0f} s")
-    encoder = sum(p.numel() for p in model.encoder.parameters())
-    measure = "mIoU" if dense else "Accuracy"
-    print(f"\n{measure} on the test images, percent; {args.steps} steps of {args.batch_size} images, {device}\n")
-    print(table(records, args.tasks, encoder))
+    print("\n" + describe(records))
     print(f"\nrows kept in {file}")
 
 

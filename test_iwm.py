@@ -925,6 +925,8 @@ class TestFinetune:
         assert code == 0
         table, same = ([line for line in text.splitlines() if line.startswith("|")] for text in (out, again))
         assert table == same and len(table) == 6
+        code, kept = call(finetune, monkeypatch, capsys, checkpoint.parent / "finetune.jsonl")
+        assert [line for line in kept.splitlines() if line.startswith("|")] == table
 
     @pytest.mark.parametrize("flags, row", [
         (["--task", "shape,colour"], "learned predictor, one each"), (["--task", "segment"], "linear per patch"),
