@@ -8,7 +8,8 @@
     python finetune.py runs/shapes/last.pt --protocol factors          # what the latents of each network hold
     python finetune.py runs/shapes/finetune.jsonl                      # print the rows found so far
 
-The rows of a table. "Frozen" is the EMA teacher of the checkpoint, "learned" starts from it and is finetuned:
+The rows of a table. "Frozen" is the checkpoint's EMA teacher; "learned" starts from the checkpoint (the encoder from the
+teacher) and is trained:
 
     row                      encoder         predictor   head
     knn                      frozen          -           cosine kNN on mean-pooled latents
@@ -20,6 +21,8 @@ The rows of a table. "Frozen" is the EMA teacher of the checkpoint, "learned" st
     end-to-end               learned         learned     attentive
     scratch                  random          random      attentive, everything trained
     attentive, random init   frozen, random  -           attentive
+    linear, encoder | predictor | K imagined: the student's latents; the predictor's under the null action; the mean of K
+    imagined variants. With several tasks: one network for all ("shared") or one for each task ("one each").
 
 The predictor gets the latents of the clean image, a mask token at every position and the null action: it predicts the
 whole, untransformed image. Everything learned is trained at a tenth of the lr of everything random.
@@ -421,7 +424,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("checkpoint", type=Path, help="last.pt of a run of train.py; a finetune.jsonl: print its tables")
     add("--protocol", choices=PROTOCOLS, default="predictor", help="which rows (default: predictor and its controls)")
     add("--task", default="classify", help="classify | segment | a list: factors of shapes (shape,colour,texture,"
-        "background) or data sets (cifar10,cifar100). factors takes all four factors by itself")  # fmt: skip
+        "background), data sets (cifar10,cifar100) or folders. factors takes all four factors by itself")  # fmt: skip
     add("--data", help="shapes | cifar10 | cifar100 | pets (segment) | a folder (default: what the checkpoint saw)")
     add("--labels", type=int, default=0, help="train on the first N labelled images only (default: 0, all)")
     add("--seeds", type=int, default=1, help="seeds per row; the table gives mean and standard deviation")
@@ -500,15 +503,18 @@ def table(records: list[dict], tasks: list[str]) -> str:
 
 def describe(records: list[dict]) -> str:
     """The tables of these rows, one for each set of settings, with its heading."""
-    kinds = ("data", "tasks", "labels", "steps", "batch_size", "checkpoint")
+    results, tables = ("row", "seed", "val", "test", "lr", "trainable", "encoder", "seconds"), {}
+    for record in records:  # the last one counts where a row was computed twice
+        settings = json.dumps({name: value for name, value in record.items() if name not in results})
+        tables.setdefault(settings, {})[record["row"], record["seed"]] = record
     text = []
-    for kind in dict.fromkeys(json.dumps([record[k] for k in kinds]) for record in records):
-        same = [record for record in records if json.dumps([record[k] for k in kinds]) == kind]
-        data, tasks, labels, steps, batch, checkpoint = json.loads(kind)
-        measure = "mIoU" if tasks == ["segment"] else "accuracy"
-        text.append(f"{Path(data).name}, {measure} on the test images in percent; {labels or 'all'} training labels, "
-                    f"{steps} steps of {batch} images, checkpoint {checkpoint}")  # fmt: skip
-        text.append(table(same, tasks))
+    for settings, rows in tables.items():
+        now = json.loads(settings)
+        measure = "mIoU" if now["tasks"] == ["segment"] else "accuracy"
+        text.append(f"{Path(now['data']).name}, {measure} on the test images in percent; {now['labels'] or 'all'} training "
+                    f"labels, {now['steps']} steps of {now['batch_size']} images{', augmented' * now['augment']}, "
+                    f"checkpoint {now['checkpoint']}")  # fmt: skip
+        text.append(table(list(rows.values()), now["tasks"]))
     return "\n\n".join(text)
 
 

@@ -4,7 +4,7 @@
     Representation Learning", 2024, https://arxiv.org/abs/2403.00504
 
 An encoder sees a masked, photometrically degraded view x of an image. A predictor that is told the action a
-(how to get from x to the clean-ish view y) imagines the latents that an EMA teacher gives y at the masked patches.
+(how to get from x to the view y, which is colour-jittered only) imagines the latents that an EMA teacher gives y at the masked patches.
 
     image -- crop, flip --+-- jitter, blur, gray, solarise --> x -- keep the context --> encoder f ---> z
                           |             |                                                               |
@@ -45,62 +45,68 @@ IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the jitter parameters that chan
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _(default, help, low=None, high=math.inf):
+def setting(default, help, low=None, high=math.inf):
     """A setting, its explanation and its range."""
     return field(default=default, metadata={"help": help, "range": (low, high)})
 
 
 @dataclass
 class Config:
-    data: str = _(
+    """Every setting of a run. The defaults are the preset "shapes": minutes on a CPU. Raises ValueError when made wrong."""
+
+    data: str = setting(
         "shapes", "shapes (made on the fly) | cifar10 | cifar100 | a folder with train/<class>/, test/<class>/"
     )
-    image_size: int = _(32, "side of the square views, in pixels; the patch size must divide it", 1)
+    image_size: int = setting(32, "side of the square views, in pixels; the patch size must divide it", 1)
     # photometric actions (strengths as in torchvision's ColorJitter)
-    brightness: float = _(0.4, "jitter: factor drawn from 1 -+ this", 0, 100)
-    contrast: float = _(0.4, "jitter: factor drawn from 1 -+ this", 0, 100)
-    saturation: float = _(0.2, "jitter: factor drawn from 1 -+ this", 0, 100)
-    hue: float = _(0.1, "jitter: shift drawn from -+ this, in turns of the colour wheel (at most 0.5)", 0, 100)
+    brightness: float = setting(0.4, "jitter: factor drawn from 1 -+ this", 0, 100)
+    contrast: float = setting(0.4, "jitter: factor drawn from 1 -+ this", 0, 100)
+    saturation: float = setting(0.2, "jitter: factor drawn from 1 -+ this", 0, 100)
+    hue: float = setting(0.1, "jitter: shift drawn from -+ this, in turns of the colour wheel (at most 0.5)", 0, 100)
     # deviation: 2 in the small presets, where a short run does not learn contrast and saturation at the paper's 1
-    strength: float = _(2.0, "multiplies the four jitter strengths: 1 is the paper's default", 0, 100)
-    jitter_prob: float = _(0.8, "probability that a view is jittered at all", 0, 1)
-    blur_prob: float = _(0.2, "probability of blur on the source view", 0, 1)
-    gray_prob: float = _(0.2, "probability of grayscale on the source view", 0, 1)
-    solarize_prob: float = _(0.1, "probability of solarisation on the source view", 0, 1)
-    crop_min: float = _(0.3, "smallest area of the random crop, as a share of the image; 1 turns cropping off", 1e-3, 1)
+    strength: float = setting(2.0, "multiplies the four jitter strengths: 1 is the paper's default", 0, 100)
+    jitter_prob: float = setting(0.8, "probability that a view is jittered at all", 0, 1)
+    blur_prob: float = setting(0.2, "probability of blur on the source view", 0, 1)
+    gray_prob: float = setting(0.2, "probability of grayscale on the source view", 0, 1)
+    solarize_prob: float = setting(0.1, "probability of solarisation on the source view", 0, 1)
+    crop_min: float = setting(
+        0.3, "smallest area of the random crop, as a share of the image; 1 turns cropping off", 1e-3, 1
+    )
     # masks
-    blocks: int = _(4, "rectangles whose union is masked", 1)
-    block_min: float = _(0.15, "smallest area of a rectangle, as a share of the image", 1e-3, 0.99)
-    block_max: float = _(0.20, "largest area of a rectangle, as a share of the image", 1e-3, 0.99)
-    context: float = _(0.56, "share of the patches that the encoder sees, the rest is masked", 1e-3, 0.999)
+    blocks: int = setting(4, "rectangles whose union is masked", 1)
+    block_min: float = setting(0.15, "smallest area of a rectangle, as a share of the image", 1e-3, 0.99)
+    block_max: float = setting(0.20, "largest area of a rectangle, as a share of the image", 1e-3, 0.99)
+    context: float = setting(0.56, "share of the patches that the encoder sees, the rest is masked", 1e-3, 0.999)
     # encoder
-    patch: int = _(4, "side of a patch, in pixels", 1)
-    width: int = _(128, "width D of the encoder", 1)
-    depth: int = _(4, "blocks of the encoder", 1)
-    heads: int = _(4, "attention heads, of the encoder and of the predictor", 1)
+    patch: int = setting(4, "side of a patch, in pixels", 1)
+    width: int = setting(128, "width D of the encoder", 1)
+    depth: int = setting(4, "blocks of the encoder", 1)
+    heads: int = setting(4, "attention heads, of the encoder and of the predictor", 1)
     # predictor, the world model
-    conditioning: str = _("feature", "how the predictor is told the action: none | sequence | feature")
-    pred_width: int = _(96, "width W of the predictor", 1)
-    pred_depth: int = _(6, "blocks of the predictor", 1)
-    target_norm: bool = _(True, "layer-norm the teacher's latents before the loss")
+    conditioning: str = setting("feature", "how the predictor is told the action: none | sequence | feature")
+    pred_width: int = setting(96, "width W of the predictor", 1)
+    pred_depth: int = setting(6, "blocks of the predictor", 1)
+    target_norm: bool = setting(True, "layer-norm the teacher's latents before the loss")
     # optimisation; deviation: fitted to runs of a few thousand steps
-    steps: int = _(2400, "optimiser steps", 1)
-    batch_size: int = _(64, "images a step", 1)
-    lr: float = _(1e-3, "peak learning rate; try lowering it when RankMe falls towards 1 (collapse)", 1e-12, 100)
-    warmup: float = _(0.1, "share of the steps in which the learning rate rises", 0, 1)
-    weight_decay: float = _(0.04, "weight decay of AdamW at the start (none on biases and norms)", 0, 100)
-    weight_decay_end: float = _(0.4, "weight decay at the end, reached along a cosine", 0, 100)
-    ema: float = _(
+    steps: int = setting(2400, "optimiser steps", 1)
+    batch_size: int = setting(64, "images a step", 1)
+    lr: float = setting(1e-3, "peak learning rate; try lowering it when RankMe falls towards 1 (collapse)", 1e-12, 100)
+    warmup: float = setting(0.1, "share of the steps in which the learning rate rises", 0, 1)
+    weight_decay: float = setting(0.04, "weight decay of AdamW at the start (none on biases and norms)", 0, 100)
+    weight_decay_end: float = setting(0.4, "weight decay at the end, reached along a cosine", 0, 100)
+    ema: float = setting(
         0.995, "teacher's momentum at the start, rises linearly to 1; it averages about 1/(1-ema) steps", 0, 1
     )
-    seed: int = _(0, "seed of the weights, the data order, the views and the masks", 0, 10**9 - 1)
+    seed: int = setting(0, "seed of the weights, the data order, the views and the masks", 0, 10**9 - 1)
     # measuring
-    measurements: int = _(6, "how many times a run measures itself, the end included", 1)
-    bank: int = _(256, "variants V of an image that MRR ranks", 2)
-    mrr_images: int = _(32, "held-out images that MRR averages over", 1)
+    measurements: int = setting(6, "how many times a run measures itself, the end included", 1)
+    bank: int = setting(256, "variants V of an image that MRR ranks", 2)
+    mrr_images: int = setting(32, "held-out images that MRR averages over", 1)
     # machine
-    bf16: bool = _(True, "forward and backward in bfloat16 (weights and optimiser stay float32)")
-    compile: bool = _(False, "torch.compile encoder, teacher and predictor: minutes at the start, faster steps after")
+    bf16: bool = setting(True, "forward and backward in bfloat16 (weights and optimiser stay float32)")
+    compile: bool = setting(
+        False, "torch.compile encoder, teacher and predictor: minutes at the start, faster steps after"
+    )
 
     def __post_init__(self):
         """Raises ValueError with one line that names the setting and its range."""
@@ -318,8 +324,9 @@ def sample_masks(batch: int, grid: int, config: Config, generator=None, device=N
     """Patch indices (row * grid + column) that the encoder sees, and those to imagine. -> [B, K], [B, M] int64.
 
     deviation: equal counts for all images, which batches need: of 16 candidate unions (c) per image the one whose size
-    is nearest to M is kept, and the few patches too many or too few are chosen at random, so that no region is favoured.
-    Unions placed evenly leave 50 % context on an 8x8 grid; I-JEPA's, which avoid the last row and column, leave 57 %.
+    is nearest to M is kept, and the few patches too many or too few are chosen at random, not in raster order. Like any
+    whole rectangles they mask the middle more often than the corners (86 % and 8 % on an 8x8 grid). Placed evenly, as
+    here, unions leave 50 % context on that grid; I-JEPA's, which avoid the last row and column, leave about 56 %.
     """
     M = min(max(round((1 - config.context) * grid**2), 1), grid**2 - 1)
     unions = rearrange(block_unions(16 * batch, grid, config, generator, device), "(c b) h w -> c b (h w)", c=16)
@@ -490,7 +497,10 @@ class IWM(nn.Module):
         self.predictor = Predictor(config)
 
     def loss(self, images: Tensor, generator=None) -> Tensor:
-        """Mean squared error of the imagined latents at the masked patches. images: [B, 3, H, W] in 0..1 -> scalar."""
+        """Mean squared error of the imagined latents at the masked patches. images: [B, 3, H, W] in 0..1 -> scalar.
+
+        Its gradient reaches encoder and predictor; the teacher gets none.
+        """
         c = self.config
         with torch.autocast(images.device.type, enabled=False):  # pixels stay float32
             x, y, action = make_views(images, c, generator)
@@ -507,7 +517,8 @@ class IWM(nn.Module):
     def targets(self, images: Tensor) -> Tensor:
         """What the world model has to imagine: the teacher's latents. [B, 3, S, S] in 0..1 -> [B, N, D] float.
 
-        deviation: layer-normed without affine, as I-JEPA does; the paper does not say.
+            deviation: layer-normed without affine, as I-JEPA does; the paper does not say. (The ViT ends in a LayerNorm, so this
+        takes away its affine part, by which all latents could shrink together.)
         """
         h = self.teacher(images).float()
         return F.layer_norm(h, h.shape[-1:]) if self.config.target_norm else h
@@ -537,10 +548,13 @@ def ranks(imagined: Tensor, bank: Tensor) -> Tensor:
     imagined, bank: [V, ...]; imagined[i] should be nearest to bank[i]. Returns [V] float on the CPU.
     """
     a, b = imagined.flatten(1).cpu().double(), bank.flatten(1).cpu().double()
-    distance = torch.cdist(a, b).nan_to_num(nan=torch.inf, posinf=torch.inf).clamp(max=1e300)  # NaN must not help
+    # NaN must not help: it is the largest distance (1e300, since infinities would not tie: inf - inf is NaN)
+    distance = torch.cdist(a, b).nan_to_num(nan=torch.inf, posinf=torch.inf).clamp(max=1e300)
     true = distance.diagonal().unsqueeze(1)
-    slack = 1e-6 * b.square().sum(dim=1).mean().sqrt().nan_to_num()  # equal variants stay tied after cdist's rounding
-    nearer, tied = distance < true - slack, (distance - true).abs() <= slack
+    tolerance = (
+        1e-6 * b.square().sum(dim=1).mean().sqrt().nan_to_num()
+    )  # equal variants stay tied after cdist's rounding
+    nearer, tied = distance < true - tolerance, (distance - true).abs() <= tolerance
     return nearer.sum(dim=1) + (tied.sum(dim=1) + 1) / 2
 
 

@@ -392,7 +392,7 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     for f in fields(Config):
         flag = "--" + f.name.replace("_", "-")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        explained = f"{f.metadata['help']} (shapes: {f.default})"
+        explained = f"{f.metadata['help']} (default of preset shapes: {f.default})"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=explained, **kind)
     args = parser.parse_args(argv)
     if args.table:
@@ -587,7 +587,8 @@ def main():
                 saved = time.monotonic()
             if stopped:
                 bar.close()
-                print(f"stopped and saved at step {done}. Go on with: python train.py --out '{args.out}' --resume")
+                launcher = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
+                print(f"stopped and saved at step {done}. Go on with: {launcher} train.py --out '{args.out}' --resume")
                 sys.exit(128 + stopped[0])
     bar.close()
     if RANK == 0:
