@@ -726,6 +726,28 @@ class TestTrain:
         code, out = call(train, monkeypatch, capsys, "--data", tmp_path / "d", "--out", tmp_path / "run")
         assert code == 2 and "no images" in out
 
+    def test_a_table_shares_a_row_among_seeds(self, tmp_path, monkeypatch, capsys):
+        """Two seeds of the default and one other run: mean 0.3, deviation 0.141 by hand; an unfinished run is left out."""
+        for name, changes, mrr in (
+            ("a", {"seed": 0}, 0.2),
+            ("b", {"seed": 1}, 0.4),
+            ("c", {"pred_depth": 2}, 0.1),
+            ("d", {}, 0),
+        ):
+            (tmp_path / name).mkdir()
+            if mrr:
+                found = {key: mrr for key in ("mrr", "hit1", "knn", "linear")}
+                result = {"config": asdict(iwm.Config(**changes)), "trained": found, "random": found, "seconds": 60}
+                (tmp_path / name / "result.json").write_text(json.dumps(result))
+        code, out = call(train, monkeypatch, capsys, "--table", *(tmp_path / name for name in "abcd"))
+        lines = [line for line in out.splitlines() if line.startswith("| shapes")]
+        assert not code and len(lines) == 2 and f"{tmp_path / 'd'} is no finished run" in out
+        assert "| --preset shapes | 0.0239 | 2 | 0.300 ± 0.141 |" in lines[0] and "30.0 ± 14.1" in lines[0]
+        assert "--pred-depth 2 | 0.0239 | 1 | 0.100 |" in lines[1]
+        (tmp_path / "d" / "result.json").write_text("{}")
+        code, out = call(train, monkeypatch, capsys, "--table", tmp_path / "d")
+        assert code == 2 and "result.json" in out
+
     def test_help_explains_every_setting(self):
         result = run("--help")
         assert result.returncode == 0

@@ -612,21 +612,25 @@ def table(paths: list[Path]) -> str:
         except (OSError, ValueError, TypeError, KeyError) as error:
             die(f"{file} is no result.json of a finished run: {error!s:.100}")
         flags = {preset: [f"--{f.name.replace('_', '-')} {getattr(config, f.name)}" for f in fields(Config)
-                          if f.name not in ("seed", "data") and getattr(config, f.name) != getattr(base, f.name)]
+                          if f.name not in ("seed", "data", "measurements", "mrr_images") and getattr(config, f.name) != getattr(base, f.name)]
                  for preset, base in PRESETS.items()}  # fmt: skip
         nearest = min(PRESETS, key=lambda preset: len(flags[preset]))  # named after the preset that it is nearest to
-        row = (Path(config.data).name, " ".join([nearest, *flags[nearest]]), iwm.chance(config.bank))
+        row = (
+            Path(config.data).name,
+            " ".join(["--preset", nearest, *flags[nearest]]),
+            f"{iwm.chance(config.bank):.4f}",
+        )
         rows.setdefault(row, {})[seed] = [*found, result["seconds"] / 60]
 
     def cell(values, digits):
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
-    lines = ["| data | run | seeds | " + " | ".join(f"{label} | random init" for label, _ in keys.values())
-             + " | minutes |", "|---" * (2 * len(keys) + 4) + "|"]  # fmt: skip
-    for (data, run, by_chance), seeds in rows.items():
+    lines = ["| data | run | MRR by chance | seeds | " + " | ".join(f"{label} | random init" for label, _ in keys.values())
+             + " | minutes |", "|---" * (2 * len(keys) + 5) + "|"]  # fmt: skip
+    for row, seeds in rows.items():
         cells = [cell(values, digits) for values, digits in zip(zip(*seeds.values()), (3, 3, 3, 3, 1, 1, 1, 1, 0))]
-        lines.append(f"| {data} | {run} (MRR by chance {by_chance:.4f}) | {len(seeds)} | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(row)} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -642,9 +646,9 @@ def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
     """The last table: the trained network and a randomly initialised one on the test images."""
     device = next(model.parameters()).device
     torch.manual_seed(config.seed)
-    result = {}
-    for name, network in (("trained", model), ("random", IWM(config).to(device))):
-        result[name] = measure(network, data, "test", config.mrr_images, 10_000)
+    print(f"measuring on {len(data['test'][0])} test images (MRR on {config.mrr_images} of them) ...")
+    result = {"trained": measure(model, data, "test", config.mrr_images, 10_000)}
+    result["random"] = measure(IWM(config).to(device), data, "test", min(config.mrr_images, 32), 10_000)
     memory = peak_memory(device)
     result |= {"config": asdict(config), "seconds": seconds, "memory_gib": memory}
     write_whole(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
