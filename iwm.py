@@ -4,7 +4,8 @@
     Representation Learning", 2024, https://arxiv.org/abs/2403.00504
 
 An encoder sees a masked, photometrically degraded view x of an image. A predictor that is told the action a
-(how to get from x to the view y, which is colour-jittered only) imagines the latents that an EMA teacher gives y at the masked patches.
+(how to get from x to the view y, which is only colour-jittered) imagines the latents that an EMA teacher gives y at the
+masked patches.
 
     image -- crop, flip --+-- jitter, blur, gray, solarise --> x -- keep the context --> encoder f ---> z
                           |             |                                                               |
@@ -52,10 +53,10 @@ def setting(default, help, low=None, high=math.inf):
 
 @dataclass
 class Config:
-    """Every setting of a run. The defaults are the preset "shapes": minutes on a CPU. Raises ValueError when made wrong."""
+    """Every setting of a run. The defaults are the preset "shapes": minutes on a CPU."""
 
     data: str = setting(
-        "shapes", "shapes (made on the fly) | cifar10 | cifar100 | a folder with train/<class>/, test/<class>/"
+        "shapes", "shapes (made on the fly) | cifar10 | cifar100 | a folder: train/<class>/, test/<class>/"
     )
     image_size: int = setting(32, "side of the square views, in pixels; the patch size must divide it", 1)
     # photometric actions (strengths as in torchvision's ColorJitter)
@@ -69,9 +70,7 @@ class Config:
     blur_prob: float = setting(0.2, "probability of blur on the source view", 0, 1)
     gray_prob: float = setting(0.2, "probability of grayscale on the source view", 0, 1)
     solarize_prob: float = setting(0.1, "probability of solarisation on the source view", 0, 1)
-    crop_min: float = setting(
-        0.3, "smallest area of the random crop, as a share of the image; 1 turns cropping off", 1e-3, 1
-    )
+    crop_min: float = setting(0.3, "smallest area of the random crop, as a share of the image; 1 is no crop", 1e-3, 1)
     # masks
     blocks: int = setting(4, "rectangles whose union is masked", 1)
     block_min: float = setting(0.15, "smallest area of a rectangle, as a share of the image", 1e-3, 0.99)
@@ -94,9 +93,7 @@ class Config:
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises", 0, 1)
     weight_decay: float = setting(0.04, "weight decay of AdamW at the start (none on biases and norms)", 0, 100)
     weight_decay_end: float = setting(0.4, "weight decay at the end, reached along a cosine", 0, 100)
-    ema: float = setting(
-        0.995, "teacher's momentum at the start, rises linearly to 1; it averages about 1/(1-ema) steps", 0, 1
-    )
+    ema: float = setting(0.995, "teacher's first momentum, rises linearly to 1; averages about 1/(1-ema) steps", 0, 1)
     seed: int = setting(0, "seed of the weights, the data order, the views and the masks", 0, 10**9 - 1)
     # measuring
     measurements: int = setting(6, "how many times a run measures itself, the end included", 1)
@@ -104,9 +101,7 @@ class Config:
     mrr_images: int = setting(32, "held-out images that MRR averages over", 1)
     # machine
     bf16: bool = setting(True, "forward and backward in bfloat16 (weights and optimiser stay float32)")
-    compile: bool = setting(
-        False, "torch.compile encoder, teacher and predictor: minutes at the start, faster steps after"
-    )
+    compile: bool = setting(False, "torch.compile the networks: minutes at the start, faster steps after")
 
     def __post_init__(self):
         """Raises ValueError with one line that names the setting and its range."""
@@ -517,8 +512,8 @@ class IWM(nn.Module):
     def targets(self, images: Tensor) -> Tensor:
         """What the world model has to imagine: the teacher's latents. [B, 3, S, S] in 0..1 -> [B, N, D] float.
 
-            deviation: layer-normed without affine, as I-JEPA does; the paper does not say. (The ViT ends in a LayerNorm, so this
-        takes away its affine part, by which all latents could shrink together.)
+        deviation: layer-normed without affine, as I-JEPA does; the paper does not say. The ViT ends in a LayerNorm: this
+        takes away its affine part, by which all latents could shrink together.
         """
         h = self.teacher(images).float()
         return F.layer_norm(h, h.shape[-1:]) if self.config.target_norm else h
