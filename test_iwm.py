@@ -221,7 +221,7 @@ class TestViews:
         expected = torch.where(gray >= 0.5, 1 - gray, gray).expand(-1, 3, -1, -1)
         assert ((x - expected).abs() < 1e-4).float().mean() > 0.99
 
-    @pytest.mark.parametrize("flag, name", enumerate(["blur_prob", "gray_prob", "solarize_prob"]))
+    @pytest.mark.parametrize("flag, name", list(enumerate(["blur_prob", "gray_prob", "solarize_prob"])))
     def test_each_flag_stands_for_its_operation_on_x(self, flag, name):
         x, y, a = iwm.make_views(some_images(), replace(TINY, **self.OFF | {name: 0.5}), seeded())
         changed = (x != y).flatten(1).any(dim=1)
