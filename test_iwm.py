@@ -604,6 +604,7 @@ class TestRecipe:
         model = tiny(conditioning="sequence")
         decayed, others = (group["params"] for group in train.make_optimizer(model, TINY).param_groups)
         names = {id(p): name for name, p in model.named_parameters()}
+        assert train.make_optimizer(model, TINY).param_groups[1]["weight_decay"] == 0
         assert not [names[id(p)] for p in decayed if names[id(p)].endswith("bias") or p.ndim < 2]
         assert len(decayed) + len(others) == len([*model.encoder.parameters(), *model.predictor.parameters()])
 
@@ -869,6 +870,7 @@ class TestFinetune:
         model, tasks = tiny(), self.tasks("shape")
         before = {name: p.clone() for name, p in model.state_dict().items()}
         network = self.network(row, model)
+        assert frozen != any(p.requires_grad for p in network.encoder.parameters())
         start = {name: p.clone() for name, p in network.state_dict().items()}
         inputs = finetune.inputs_of(network, row, tasks, 1, self.ARGS, {})
         finetune.fit(network, tasks, inputs, 16, 1e-2, 1, self.ARGS, row)
