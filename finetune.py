@@ -378,14 +378,16 @@ def trained_row(row: str, model: IWM, tasks: dict[str, Task], batch: int, seed: 
     return best | {"test": test, "trainable": trainable}
 
 
-def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int) -> dict:
+def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int, pooled: dict) -> dict:
     """knn or linear (ridge regression), then whose mean-pooled latents: nothing is trained by gradient.
 
     "K imagined" is the mean over K random actions of what the predictor imagines (paper: does it make them invariant?).
+    `pooled` keeps what each (source, seed) gave, so that kNN and linear probe share it.
     deviation: as in finetuning, the predictor gets the teacher's latents; it was trained on the student's.
     """
     probe, source = row.split(", ")
-    config, device, cache = model.config, next(model.parameters()).device, {}
+    config, device = model.config, next(model.parameters()).device
+    cache = pooled.setdefault((source, seed), {})
     torch.manual_seed(seed)
     random, generator = IWM(config).to(device), torch.Generator(device).manual_seed(seed)
 
@@ -403,12 +405,12 @@ def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int) -> 
     accuracy = iwm.knn_accuracy if probe == "knn" else iwm.linear_accuracy
     result = {"val": {}, "test": {}, "lr": None, "trainable": 0}
     for name, task in tasks.items():
-        pooled = {}
+        parts = {}
         for split, (images, labels) in task.data.items():
             features = encoded(cache, (), lambda x: encode(x).float().mean(dim=1), images, config, device)
-            pooled[split] = features, labels.to(device)
+            parts[split] = features, labels.to(device)
         for split in ("val", "test"):
-            result[split][name] = accuracy(*pooled["train"], *pooled[split])
+            result[split][name] = accuracy(*parts["train"], *parts[split])
         result["trainable"] += (config.width + 1) * task.classes if probe == "linear" else 0
     return result
 
@@ -482,11 +484,6 @@ def read_rows(file: Path) -> list[dict]:
 
 def table(records: list[dict], tasks: list[str]) -> str:
     """Markdown, a row of the table per row of the protocol: mean and standard deviation over its seeds, in percent."""
-
-    def percent(values):
-        spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        return f"{100 * statistics.mean(values):.1f}{spread}"
-
     columns = [*tasks, *(["mean"] if len(tasks) > 1 else [])]
     lines = ["| " + " | ".join(["row", "trained parameters", "of encoder", *columns, "lr", "seconds"]) + " |"]
     lines.append("|---" * (len(columns) + 5) + "|")
@@ -494,7 +491,7 @@ def table(records: list[dict], tasks: list[str]) -> str:
         same = [record for record in records if record["row"] == row]
         cells = [row, f"{same[0]['trainable']:,}", f"{100 * same[0]['trainable'] / same[0]['encoder']:.0f} %"]
         scores = [record["test"] | {"mean": statistics.mean(record["test"].values())} for record in same]
-        cells += [percent([score[name] for score in scores]) for name in columns]
+        cells += [train.mean_std([100 * score[name] for score in scores], 1) for name in columns]
         cells.append(", ".join(f"{lr:g}" for lr in sorted({lr for record in same for lr in record["lr"]})) or "-")
         cells.append(f"{statistics.mean(record['seconds'] for record in same):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
@@ -540,7 +537,7 @@ def main():
     train.make_folder(file.parent)
     known = read_rows(file)
 
-    records, cache, dense = [], {}, "segment" in tasks
+    records, cache, pooled, dense = [], {}, {}, "segment" in tasks
     for row in PROTOCOLS[args.protocol]:
         if dense and row not in ROWS:
             continue
@@ -556,7 +553,7 @@ def main():
                 continue
             started = time.monotonic()
             parts = [trained_row(row, model, group, batch, seed, args, cache) if row in ROWS
-                     else closed_form_row(row, model, group, seed) for group in groups]  # fmt: skip
+                     else closed_form_row(row, model, group, seed, pooled) for group in groups]  # fmt: skip
             record |= {split: {k: v for part in parts for k, v in part[split].items()} for split in ("val", "test")}
             record["lr"] = [part["lr"] for part in parts if part["lr"]]
             record["trainable"] = sum(part["trainable"] for part in parts)

@@ -965,8 +965,8 @@ class TestFinetune:
         """With every action null, K imagined variants are one: the same probe as on the predictor's own output."""
         monkeypatch.setattr(finetune.iwm, "jitter_params", lambda n, *_, **__: IDENTITY.expand(n, 4))
         model, tasks = tiny(), self.tasks("colour")
-        once, thrice = (finetune.closed_form_row(f"linear, {k} imagined", model, tasks, 0) for k in (1, 3))
-        plain = finetune.closed_form_row("linear, predictor", model, tasks, 0)
+        once, thrice = (finetune.closed_form_row(f"linear, {k} imagined", model, tasks, 0, {}) for k in (1, 3))
+        plain = finetune.closed_form_row("linear, predictor", model, tasks, 0, {})
         assert once["test"] == thrice["test"] == plain["test"]
 
     def test_segmentation_reads_a_folder_of_images_and_masks(self, checkpoint, tmp_path, monkeypatch, capsys):

@@ -597,6 +597,12 @@ def main():
         dist.destroy_process_group()
 
 
+def mean_std(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation; of a single value just the value."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
 def table(paths: list[Path]) -> str:
     """Markdown of finished runs (folders, or copies of their result.json). Runs that differ by their seed share a row."""
     rows, keys = {}, {"mrr": ("MRR", 1), "hit1": ("H@1", 1), "knn": ("kNN %", 100), "linear": ("linear %", 100)}
@@ -622,14 +628,10 @@ def table(paths: list[Path]) -> str:
         )
         rows.setdefault(row, {})[seed] = [*found, result["seconds"] / 60]
 
-    def cell(values, digits):
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
-
     lines = ["| data | run | MRR by chance | seeds | " + " | ".join(f"{label} | random init" for label, _ in keys.values())
              + " | minutes |", "|---" * (2 * len(keys) + 5) + "|"]  # fmt: skip
     for row, seeds in rows.items():
-        cells = [cell(values, digits) for values, digits in zip(zip(*seeds.values()), (3, 3, 3, 3, 1, 1, 1, 1, 0))]
+        cells = [mean_std(values, digits) for values, digits in zip(zip(*seeds.values()), (3, 3, 3, 3, 1, 1, 1, 1, 0))]
         lines.append(f"| {' | '.join(row)} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
