@@ -35,11 +35,11 @@ import itertools
 import json
 import math
 import statistics
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -155,8 +155,7 @@ def load_segmentation(config: Config, device) -> dict[str, tuple[Tensor, Tensor]
                 with Image.open(mask) as opened, Image.open(image) as other:
                     if opened.size != other.size:
                         raise ValueError(f"their sizes differ, {opened.size} and {other.size}")
-                    cut = TF.center_crop(TF.resize(opened, size, TF.InterpolationMode.NEAREST), size)
-                    label = torch.from_numpy(np.array(cut))
+                    label = torch.from_numpy(train.middle(opened, size, TF.InterpolationMode.NEAREST))
                 images.append(torch.tensor(train.read_image(image, size)))
             except train.IMAGE_ERRORS as error:
                 die(f"{image} or {mask} cannot be read: {error}")
@@ -329,7 +328,7 @@ def fit(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    return loss.isfinite().item()
+    return bool(loss.isfinite())
 
 
 @torch.no_grad()
@@ -403,7 +402,7 @@ def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int, poo
         "predictor": lambda images: model.predictor.everywhere(z := model.teacher(images), null_action(z)),
     }.get(source, imagined)
     accuracy = iwm.knn_accuracy if probe == "knn" else iwm.linear_accuracy
-    result = {"val": {}, "test": {}, "lr": None, "trainable": 0}
+    result: dict = {"val": {}, "test": {}, "lr": None, "trainable": 0}
     for name, task in tasks.items():
         parts = {}
         for split, (images, labels) in task.data.items():
@@ -571,6 +570,7 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not stop a run
     try:
         main()
     except KeyboardInterrupt:

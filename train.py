@@ -22,10 +22,12 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -56,7 +58,7 @@ RANK = int(os.environ.get("RANK", 0))  # set by torchrun: this process ...
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # ... of so many; only rank 0 writes and prints
 
 
-def die(message: str):
+def die(message: str) -> NoReturn:
     """One clear line and exit code 2."""
     print(f"{Path(sys.argv[0]).name}{f' (rank {RANK})' * (RANK > 0)}: {message}", file=sys.stderr)
     sys.exit(2)
@@ -163,10 +165,17 @@ def _shapes(n: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what a bad file can raise
 
 
+def middle(image: Image.Image, size: int, how=TF.InterpolationMode.BILINEAR) -> np.ndarray:
+    """The middle square of an image, resized. -> [size, size] or [size, size, 3]"""
+    return np.array(TF.resize(TF.center_crop(image, min(image.size)), [size, size], how))
+
+
 def read_image(file: Path, size: int) -> np.ndarray:
-    """Any image file -> RGB [size, size, 3] uint8: shorter side resized to `size`, middle cut out."""
+    """The middle square of any image file. -> RGB [size, size, 3] uint8"""
     with Image.open(file) as image:
-        return np.asarray(TF.center_crop(TF.resize(image.convert("RGB"), size), size))
+        if image.mode.startswith("I"):  # 16 bits, of which Pillow would not keep the upper ones
+            image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+        return middle(image.convert("RGB"), size)
 
 
 def read_folder(folder: Path, size: int, classes: list[str], cache: Path) -> tuple[Tensor, Tensor]:
@@ -208,7 +217,7 @@ def read_folder(folder: Path, size: int, classes: list[str], cache: Path) -> tup
     n = decoded.stat().st_size // (pixels + 8)
     if n == 0:
         die(f"{folder} has no images that can be read: put them at {folder}/<class>/*.jpg")
-    images, labels = torch.from_file(str(decoded), size=n * (pixels + 8), dtype=torch.uint8).split([n * pixels, n * 8])
+    images, labels = torch.from_numpy(np.memmap(decoded, np.uint8, "c")).split([n * pixels, n * 8])
     return images.view(n, 3, size, size), labels.clone().view(torch.int64)
 
 
@@ -329,7 +338,7 @@ def draw_views(images: Tensor, config: Config, path: Path):
     seen = torch.ones(len(images), config.grid**2, device=images.device).scatter_(1, masked, 0)
     seen = F.interpolate(seen.view(-1, 1, config.grid, config.grid), scale_factor=config.patch)  # [B, 1, S, S]
     changes = action[:, :4] * config.jitter_strengths.to(action)
-    rows = [["image", "source x", "context of x", "target y", "action x -> y"]]
+    rows: list[list] = [["image", "source x", "context of x", "target y", "action x -> y"]]
     for i in range(len(images)):
         context = source[i] * seen[i] + 0.5 * (1 - seen[i])
         rows.append([images[i], source[i], context, target[i], in_words(changes[i], action[i, 4:])])
@@ -340,13 +349,13 @@ def draw_views(images: Tensor, config: Config, path: Path):
 def draw_retrieval(model: IWM, images: Tensor, path: Path):
     """Uncurated: an image, an action, the nearest neighbour in the bank of what is imagined, the truth; then sweeps."""
     config, generator = model.config, torch.Generator(images.device).manual_seed(1)
-    rows = [["image", "action", "nearest", "truth", "", "image", "action", "nearest", "truth"]]
+    rows: list[list] = [["image", "action", "nearest", "truth", "", "image", "action", "nearest", "truth"]]
     cells = []
     with autocast(config, images.device):
         for image in images.split(1):
             params = iwm.jitter_params(config.bank, config, generator, image.device, always=True)
             pictures, bank, imagined = iwm.variants(model, image, params)
-            nearest = torch.cdist(imagined[:1].flatten(1), bank.flatten(1)).argmin().item()
+            nearest = int(torch.cdist(imagined[:1].flatten(1), bank.flatten(1)).argmin())
             rank = iwm.ranks(imagined, bank)[0].item()
             words = in_words(params[0].cpu() - IDENTITY) + f"\n\nrank {rank:g} of {config.bank}"
             cells.append([image[0], words, (pictures[nearest], "limegreen" if nearest == 0 else None), pictures[0]])
@@ -354,9 +363,9 @@ def draw_retrieval(model: IWM, images: Tensor, path: Path):
         sheet(rows[:4], path.with_name("strip.png"))
         for i, name in enumerate(JITTER):
             pictures, bank, imagined = iwm.variants(model, images[:1], iwm.sweep_params(i, config, n=8))
-            nearest = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).tolist()
+            neighbours = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).tolist()
             rows.append([f"{name}:\ntrue variants", *pictures])
-            found = [(pictures[j], "limegreen" if j == k else None) for k, j in enumerate(nearest)]
+            found = [(pictures[j], "limegreen" if j == k else None) for k, j in enumerate(neighbours)]
             rows.append(["nearest to the\nimagined ones", *found])
     sheet(rows, path)
 
@@ -455,7 +464,7 @@ def make_optimizer(model: IWM, config: Config) -> torch.optim.AdamW:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim > 1 and not name.endswith("bias")]
     others = [p for name, p in named if p.ndim <= 1 or name.endswith("bias")]
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -520,6 +529,7 @@ def main():
         loss = torch.tensor(losses).mean().item() if losses else None
         metrics.append({"step": step, "images": step * config.batch_size, "seconds": clock(), "loss": loss})
         metrics[-1] |= measure(model, data, "val", min(config.mrr_images, 16), 4000)
+        metrics[-1]["memory_gib"] = peak_memory(device)
         if not math.isfinite(metrics[-1]["rankme"]):
             die(f"the latents are not finite at step {step}: lower --lr ({args.out}/last.pt is from before)")
         if step and (metrics[-1]["rankme"] < 2 or metrics[-1]["target_std"] < 0.02):
@@ -540,7 +550,7 @@ def main():
           f"{device}" + f" x {WORLD}" * (WORLD > 1))  # fmt: skip
     if plt is None:
         print("no curves.png without matplotlib: pip install matplotlib")
-    if start == 0:
+    if not metrics:
         record(0)
     generator, B = torch.Generator(device), config.batch_size
     bar = tqdm(total=config.steps * B, initial=start * B, unit=" images", unit_scale=True, disable=RANK > 0)
@@ -597,7 +607,7 @@ def main():
         dist.destroy_process_group()
 
 
-def mean_std(values: list[float], digits: int) -> str:
+def mean_std(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation; of a single value just the value."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
@@ -642,6 +652,7 @@ def peak_memory(device) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**30
     if resource:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return None
 
 
 def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
@@ -649,7 +660,7 @@ def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
     device = next(model.parameters()).device
     torch.manual_seed(config.seed)
     print(f"measuring on {len(data['test'][0])} test images (MRR on {config.mrr_images} of them) ...")
-    result = {"trained": measure(model, data, "test", config.mrr_images, 10_000)}
+    result: dict = {"trained": measure(model, data, "test", config.mrr_images, 10_000)}
     result["random"] = measure(IWM(config).to(device), data, "test", min(config.mrr_images, 32), 10_000)
     memory = peak_memory(device)
     result |= {"config": asdict(config), "seconds": seconds, "memory_gib": memory}
@@ -664,6 +675,7 @@ def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not stop a run
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     try:
