@@ -13,6 +13,7 @@ A run folder holds config.json, metrics.jsonl (a JSON object a measurement, on h
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -60,7 +61,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # ... of so many; only rank 0 writ
 
 def die(message: str) -> NoReturn:
     """One clear line and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}{f' (rank {RANK})' * (RANK > 0)}: {message}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}{f' (rank {RANK})' * (RANK > 0)}: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -80,7 +81,8 @@ def write_whole(path: Path, write):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
         die(f"cannot write {path}: {error}")
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
