@@ -39,9 +39,12 @@ IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])  # brightness, contrast, saturatio
 def only_its_own_part(request, monkeypatch):
     """Grading IWM=my_iwm, a test class takes from it what it GRADES and the rest from iwm.py: a gap fails its own tests."""
     own = getattr(request.cls, "GRADES", "").split()
-    for name, value in vars(reference).items():
-        if iwm is not reference and getattr(value, "__module__", "") == "iwm" and name not in own:
-            monkeypatch.setattr(iwm, name, value, raising=False)
+    for name, value in list(vars(reference).items()):
+        if iwm is not reference and getattr(value, "__module__", "") == "iwm":
+            if name in own:
+                monkeypatch.setattr(reference, name, getattr(iwm, name))
+            else:
+                monkeypatch.setattr(iwm, name, value, raising=False)
 
 
 def close(ours, expected, message, atol=1e-5, rtol=0.0):

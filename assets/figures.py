@@ -1,0 +1,151 @@
+"""Draw the README's figures from assets/results and print their numbers: python assets/figures.py (needs matplotlib)."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+GRID = HERE / "results" / "grid"  # NAME-sSEED.result.json and, of the same run, .finetune.jsonl
+CHANCE = 0.0239
+plt.rcParams |= {"figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def runs() -> dict[str, dict[int, dict]]:
+    """name -> seed -> measures on the test images, and the test accuracy of each finetuning row in percent."""
+    found = {}
+    for path in sorted(GRID.glob("*.result.json")):
+        name, seed = re.fullmatch(r"(.+)-s(\d+)", path.name.removesuffix(".result.json")).groups()
+        run = dict(json.loads(path.read_text())["trained"])
+        rows = {}
+        for row in lines(path.with_name(path.name.replace("result.json", "finetune.jsonl"))):
+            rows.setdefault(row["row"], []).append(100 * row["test"]["classify"])
+        run |= {row: statistics.mean(scores) for row, scores in rows.items()}
+        run |= {"linear": 100 * run["linear"], "knn": 100 * run["knn"]}
+        found.setdefault(name, {})[int(seed)] = run
+    return found
+
+
+def save(figure, name: str):
+    figure.savefig(HERE / name, dpi=110)
+    plt.close(figure)
+
+
+def conditioning(found):
+    """MRR over training (the long runs, one seed) and at the end of short runs (each seed a point)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(2, 1))
+    for name, colour in (("feature", "C0"), ("sequence", "C1")):
+        points = [(m["step"], m["mrr"]) for m in lines(HERE / "results" / f"cifar-{name}.metrics.jsonl")]
+        left.plot(*zip(*points), color=colour, marker=".", label=name)
+    for i, (name, colour) in enumerate((("none", "C2"), ("sequence", "C1"), ("feature", "C0"))):
+        scores = [run["mrr"] for run in found.get(name, {}).values()]
+        right.plot([i] * len(scores), scores, "o", color=colour)
+    right.set_xticks(range(3), ("none", "sequence", "feature"))
+    for axis, title in ((left, "20,000 steps, one seed, 16 held-out images"), (right, "2,000 steps, 64 test images")):
+        axis.axhline(CHANCE, color="gray", linestyle=":")
+        axis.set(ylabel="MRR", ylim=(0, None), title=title)
+    left.text(0, CHANCE + 0.01, "chance", color="gray")
+    left.set_xlabel("step")
+    left.legend(frameon=False)
+    save(figure, "conditioning.png")
+
+
+def difficulty(found):
+    """MRR by difficulty of the transformations and depth of the predictor, each seed a point, a line through the means."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    columns = (("jitter", "x1-jitter"), ("+ destructive", "x1"), ("+ strong jitter", "{}"))
+    for label, suffix, colour in (("6 blocks", "", "C0"), ("2 blocks", "-shallow", "C3")):
+        means = []
+        for i, (_, name) in enumerate(columns):
+            name = (name + suffix) if name != "{}" else "shallow" if suffix else "feature"
+            scores = [run["mrr"] for run in found.get(name, {}).values()]
+            axis.plot([i] * len(scores), scores, "o", color=colour, alpha=0.5)
+            means.append(statistics.mean(scores) if scores else math.nan)
+        axis.plot(range(3), means, color=colour, label=f"predictor of {label}")
+    axis.axhline(CHANCE, color="gray", linestyle=":")
+    axis.set_xticks(range(3), [label for label, _ in columns])
+    axis.set(ylabel="MRR", ylim=(0, None))
+    axis.legend(frameon=False)
+    save(figure, "difficulty.png")
+
+
+def finetuning():
+    """Accuracy against trained parameters, of one checkpoint, mean and deviation over seeds."""
+    rows = {}
+    for row in lines(HERE / "results" / "cifar-feature.finetune.jsonl"):
+        rows.setdefault(row["row"], []).append((row["trainable"] / 1e6, 100 * row["test"]["classify"]))
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for row, points in rows.items():
+        if "knn" in row:
+            continue
+        (size, *_), scores = zip(*points)
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0
+        axis.errorbar(max(size, 1e-3), statistics.mean(scores), spread, fmt="o", capsize=3)
+        axis.annotate(row, (max(size, 1e-3), statistics.mean(scores)), (6, 4), textcoords="offset points", fontsize=9)
+    axis.set(xscale="log", xlim=(8e-4, 12), xlabel="trained parameters, millions", ylabel="CIFAR-10 test accuracy, %")
+    save(figure, "finetuning.png")
+
+
+def correlation(x, y) -> str:
+    """Pearson's r and its 95 % interval (Fisher's z)."""
+    r, n = statistics.correlation(x, y), len(x)
+    if n < 4:
+        return f"r {r:+.2f} (n = {n})"
+    low, high = (math.tanh(math.atanh(r) + sign * 1.96 / math.sqrt(n - 3)) for sign in (-1, 1))
+    return f"r {r:+.2f} ({low:+.2f} to {high:+.2f}, n = {n})"
+
+
+def spectrum(found):
+    """Every run of the grid: MRR against what its latents are worth."""
+    measures = (
+        ("linear", "linear probe"),
+        ("attentive", "attentive probe"),
+        ("learned predictor", "predictor finetuning"),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    for axis, (key, label) in zip(axes, measures):
+        everything = []
+        for i, (name, seeds) in enumerate(found.items()):
+            points = [(run["mrr"], run[key]) for run in seeds.values() if key in run]
+            everything += points
+            axis.plot(*zip(*points) if points else ([], []), "o", color=f"C{i}", label=name)
+        title = correlation(*zip(*everything)) if len(everything) > 2 else ""
+        print(f"{label} against MRR: {title}")
+        axis.set(xlabel="MRR", ylabel=f"{label}, %", title=title)
+        axis.title.set_fontsize(10)
+    axes[0].legend(frameon=False, fontsize=7)
+    save(figure, "spectrum.png")
+
+
+if __name__ == "__main__":
+    found = runs()
+    for name, seeds in found.items():
+        for key in (
+            "mrr",
+            "hit1",
+            "knn",
+            "linear",
+            "attentive",
+            "random predictor",
+            "learned predictor",
+            "encoder",
+            "end-to-end",
+        ):
+            values = [run[key] for run in seeds.values() if key in run]
+            if values:
+                spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                print(f"{name}: {key} {statistics.mean(values):.3f}{spread} ({len(values)} seeds)")
+    conditioning(found)
+    difficulty(found)
+    finetuning()
+    spectrum(found)
