@@ -7,10 +7,12 @@ ops, naive loops, numbers worked by hand.
     python test_iwm.py           # no test: a benchmark of this machine
 """
 
+import ast
 import importlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -893,7 +895,7 @@ class TestFolderCache:
             os.truncate(file, file.stat().st_size - 5)
         calls = []
         monkeypatch.setattr(
-            train, "read_image", lambda file, size: calls.append(file) or torch.zeros(32, 32, 3).byte().numpy()
+            train, "read_image", lambda file, size: calls.append(file) or torch.zeros(size, size, 3).byte().numpy()
         )
         train.load_data(config, "cpu", tmp_path)
         assert len(calls) == 65, "a cache that is not whole must be made anew"
@@ -1197,6 +1199,25 @@ class TestFuzz:
             except SystemExit as error:
                 out = capsys.readouterr().err
                 assert error.code == 2 and "last.pt" in out and len(out.splitlines()) == 1, out
+
+
+class TestReadme:
+    def test_the_reading_guide_points_at_the_right_lines(self):
+        """Each "`name` first-last" of the README is where iwm.py defines that function, class or method."""
+        here = os.path.dirname(os.path.abspath(__file__))
+        with (
+            open(os.path.join(here, "iwm.py")) as code,
+            open(os.path.join(here, "README.md"), encoding="utf-8") as readme,
+        ):
+            tree, text = ast.parse(code.read()), readme.read()
+        where = {}
+        for node in (node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))):
+            where[node.name] = f"{node.lineno}-{node.end_lineno}"
+            for part in (part for part in ast.iter_child_nodes(node) if isinstance(part, ast.FunctionDef)):
+                where[f"{node.name}.{part.name}"] = f"{part.lineno}-{part.end_lineno}"
+        guide = re.findall(r"`([A-Za-z_.]+)` (\d+-\d+)", text)
+        assert len(guide) > 20
+        assert not {name: where.get(name) for name, lines in guide if where.get(name) != lines}, "right would be these"
 
 
 class TestPaperScale:

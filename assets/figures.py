@@ -36,6 +36,13 @@ def runs() -> dict[str, dict[int, dict]]:
     return found
 
 
+def mean_std(values: list[float], digits: int) -> str:
+    """Mean ± standard deviation; of one value just the value, of none a dash."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "-"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
 def save(figure, name: str):
     figure.savefig(HERE / name, dpi=110)
     plt.close(figure)
@@ -129,22 +136,13 @@ def spectrum(found):
 
 if __name__ == "__main__":
     found = runs()
+    columns = ("mrr", "knn", "linear", "attentive", "random predictor", "learned predictor", "encoder", "end-to-end")
+    print(f"| run | seeds | {' | '.join(columns)} |\n{'|---' * (len(columns) + 2)}|")
     for name, seeds in found.items():
-        for key in (
-            "mrr",
-            "hit1",
-            "knn",
-            "linear",
-            "attentive",
-            "random predictor",
-            "learned predictor",
-            "encoder",
-            "end-to-end",
-        ):
-            values = [run[key] for run in seeds.values() if key in run]
-            if values:
-                spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                print(f"{name}: {key} {statistics.mean(values):.3f}{spread} ({len(values)} seeds)")
+        cells = [[run[key] for run in seeds.values() if key in run] for key in columns]
+        print(
+            f"| {name} | {len(seeds)} | {' | '.join(mean_std(v, 3 if k == 'mrr' else 1) for k, v in zip(columns, cells))} |"
+        )
     conditioning(found)
     difficulty(found)
     finetuning()
