@@ -20,7 +20,7 @@ masked patches.
                                                                          ^
                                                                          +-- moving average (EMA) of the encoder
 
-Symbols, the same everywhere:  B images,  N patches of an image,  K context patches,  M masked patches (K + M = N),
+Symbols of shapes:  B images,  S x S pixels,  N patches of an image,  K context patches,  M masked patches (K + M = N),
 D encoder width,  W predictor width,  A = 7 numbers of an action,  V variants in a bank.
 
 Sections, in the order of the paper: Config | photometric actions | masks | ViT | predictor | IWM | measures.
@@ -56,7 +56,7 @@ class Config:
     """Every setting of a run. The defaults are the preset "shapes": minutes on a CPU."""
 
     data: str = setting(
-        "shapes", "shapes (made on the fly) | cifar10 | cifar100 | a folder: train/<class>/, test/<class>/"
+        "shapes", "shapes (made on the fly) | cifar10 | cifar100 | a folder: train/<class>/, test/<class>/ (or val/)"
     )
     image_size: int = setting(32, "side of the square views, in pixels; the patch size must divide it", 1)
     # photometric actions (strengths as in torchvision's ColorJitter)
@@ -98,7 +98,7 @@ class Config:
     # measuring
     measurements: int = setting(6, "how many times a run measures itself, the end included", 1)
     bank: int = setting(256, "variants V of an image that MRR ranks", 2)
-    mrr_images: int = setting(32, "held-out images that MRR averages over", 1)
+    mrr_images: int = setting(32, "test images that MRR averages over (while training: at most 16 held-out ones)", 1)
     # machine
     bf16: bool = setting(True, "forward and backward in bfloat16 (weights and optimiser stay float32)")
     compile: bool = setting(False, "torch.compile the networks: minutes at the start, faster steps after")
@@ -134,7 +134,7 @@ class Config:
         deviation: strong jitter multiplies the paper's strengths; half a turn already reaches every hue.
         """
         strengths = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue]) * self.strength
-        strengths[3].clamp_(max=0.5)
+        strengths[3] = strengths[3].clamp(max=0.5)
         return strengths
 
     @property
@@ -165,7 +165,7 @@ PRESETS = {
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """Luma (ITU-R 601-2) of RGB images in 0..1. [B, 3, H, W] -> [B, 1, H, W]."""
+    """Luma (ITU-R 601-2) of RGB images in 0..1. [B, 3, S, S] -> [B, 1, S, S]."""
     weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device)
     return (images * weights.view(3, 1, 1)).sum(dim=1, keepdim=True)
 
@@ -176,14 +176,14 @@ def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue by `turns` ([B, 1, 1], 1 = the whole colour wheel). images: [B, 3, H, W] in 0..1."""
+    """Rotate the hue by `turns` ([B, 1, 1], 1 = the whole colour wheel). images: [B, 3, S, S] in 0..1."""
     r, g, b = images.unbind(dim=1)
     value = images.amax(dim=1)
     chroma = value - images.amin(dim=1)
     # RGB -> HSV: position on the colour wheel in sixths, counted from red; where r = g = b it is 0 and chroma too
     c = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
-    # HSV -> RGB: each channel falls from `value` by up to `chroma`, as far as the hue is from that channel's colour
+    # HSV -> RGB in closed form: each channel falls from `value` by up to `chroma`, as far as the hue is from its colour
     offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)
     k = (offsets + (hue + 6 * turns).unsqueeze(1)) % 6
     return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
@@ -192,8 +192,8 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
 def jitter(images: Tensor, params: Tensor) -> Tensor:
     """Colour jitter in the fixed order brightness, contrast, saturation, hue; the identity is (1, 1, 1, 0).
 
-    images: [B, 3, H, W] in 0..1. params: [B, 4] factors of brightness, contrast and saturation (0 or more) and hue
-    shift in turns. Returns [B, 3, H, W] in 0..1. Each operation equals torchvision.transforms.v2.functional's.
+    images: [B, 3, S, S] in 0..1. params: [B, 4] factors of brightness, contrast and saturation (0 or more) and hue
+    shift in turns. Returns [B, 3, S, S] in 0..1. Each operation equals torchvision.transforms.v2.functional's.
     deviation: the order is fixed; a shuffled one could not be described by four numbers.
     """
     brightness, contrast, saturation, hue = params[:, :, None, None, None].unbind(dim=1)
@@ -213,6 +213,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     taps = torch.arange(-radius, radius + 1, device=images.device)
     weights = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
     weights = weights / weights.sum(dim=1, keepdim=True)
+    # matrix[b, s, p]: how much of pixel p is in blurred pixel s; applied to the rows, then to the columns
     source = (torch.arange(size, device=images.device)[:, None] + taps).abs()  # pixel that each tap reads ...
     source = torch.minimum(source, 2 * (size - 1) - source)  # ... reflected at both borders
     matrix = torch.einsum("bt,stp->bsp", weights, F.one_hot(source, size).to(weights)).unsqueeze(1)
@@ -229,25 +230,25 @@ def blur_sigma(size: int) -> tuple[float, float]:
 
 
 def solarize(images: Tensor) -> Tensor:
-    """Invert what is brighter than half of full scale. [B, 3, H, W] in 0..1."""
+    """Invert what is brighter than half of full scale. [B, 3, S, S] in 0..1."""
     return torch.where(images >= 0.5, 1 - images, images)
 
 
 def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
-    """Random resized crop (area crop_min..1, aspect 3/4..4/3) and horizontal flip. -> [B, 3, S, S], S = image_size.
+    """Random resized crop (area crop_min..1, width / height 3/4..4/3) and horizontal flip. -> [B, 3, S, S], S = image_size.
 
     deviation: the paper's scale and aspect are not known; these are I-JEPA's scale and torchvision's aspect.
     """
     B = len(images)
-    area, aspect, x, y, flip = torch.rand(5, B, device=images.device, generator=generator)
-    area = config.crop_min + (1 - config.crop_min) * area
-    aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3)) if config.crop_min < 1 else torch.ones_like(area)
+    u_area, u_aspect, u_x, u_y, u_flip = torch.rand(5, B, device=images.device, generator=generator)  # uniform in 0..1
+    area = config.crop_min + (1 - config.crop_min) * u_area
+    aspect = torch.exp((2 * u_aspect - 1) * math.log(4 / 3)) if config.crop_min < 1 else torch.ones_like(area)
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     theta = torch.zeros(B, 2, 3, device=images.device)  # maps the crop's coordinates, -1..1, to the image's
-    theta[:, 0, 0] = torch.where(flip < 0.5, -width, width)
+    theta[:, 0, 0] = torch.where(u_flip < 0.5, -width, width)  # a negative width mirrors
     theta[:, 1, 1] = height
-    theta[:, 0, 2] = (2 * x - 1) * (1 - width)
-    theta[:, 1, 2] = (2 * y - 1) * (1 - height)
+    theta[:, 0, 2] = (2 * u_x - 1) * (1 - width)
+    theta[:, 1, 2] = (2 * u_y - 1) * (1 - height)
     grid = F.affine_grid(theta, [B, 3, config.image_size, config.image_size], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
@@ -263,7 +264,8 @@ def jitter_params(batch: int, config: Config, generator=None, device=None, alway
 def make_action(params_x: Tensor, params_y: Tensor, flags_x: Tensor, config: Config) -> Tensor:
     """a(x->y) [B, 7]: jitter differences from x to y in units of their strengths, then x's destructive flags [B, 3].
 
-    deviation: divided by the strengths, so that each number is of order 1.
+    A flag of 1 says: x was degraded, y is not. deviation: divided by the strengths (config.strength included), so that
+    each number is of order 1.
     """
     strengths = config.jitter_strengths.to(params_x)
     return torch.cat([(params_y - params_x) / strengths.clamp(min=1e-8), flags_x], dim=1)
@@ -273,14 +275,14 @@ def make_action(params_x: Tensor, params_y: Tensor, flags_x: Tensor, config: Con
 def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, Tensor, Tensor]:
     """One shared crop and flip, then two views of it.
 
-    images: [B, 3, H, W] float in 0..1. Returns source x and target y, both [B, 3, S, S] in 0..1 and pixel-aligned,
+    images: [B, 3, S, S] float in 0..1. Returns source x and target y, both [B, 3, S, S] in 0..1 and pixel-aligned,
     and the action a(x->y) [B, 7]. deviation: both views are jittered independently, neither is made from the other.
     """
     images = random_crop_flip(images, config, generator)
     B, device = len(images), images.device
 
     params_y = jitter_params(B, config, generator, device)
-    target = jitter(images, params_y)  # nothing destructive: the target keeps its information
+    y = jitter(images, params_y)  # nothing destructive: the target keeps its information
 
     params_x = jitter_params(B, config, generator, device)
     probs = torch.tensor([config.blur_prob, config.gray_prob, config.solarize_prob], device=device)
@@ -288,11 +290,11 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
     blurred, gray, solarized = (flags[:, :, None, None, None] == 1).unbind(dim=1)
     low, high = blur_sigma(config.image_size)
     sigma = low + (high - low) * torch.rand(B, device=device, generator=generator)
-    source = jitter(images, params_x)
-    source = torch.where(blurred, gaussian_blur(source, sigma), source)
-    source = torch.where(gray, grayscale(source), source)
-    source = torch.where(solarized, solarize(source), source)
-    return source, target, make_action(params_x, params_y, flags, config)
+    x = jitter(images, params_x)
+    x = torch.where(blurred, gaussian_blur(x, sigma), x)
+    x = torch.where(gray, grayscale(x), x)
+    x = torch.where(solarized, solarize(x), x)
+    return x, y, make_action(params_x, params_y, flags, config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,13 +304,13 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
 
 def block_unions(n: int, grid: int, config: Config, generator=None, device=None) -> Tensor:
     """n random unions of rectangles on a grid x grid board. -> [n, grid, grid] bool, True is masked."""
-    area, aspect, top, left = torch.rand(4, n, config.blocks, device=device, generator=generator)
-    area = grid**2 * (config.block_min + (config.block_max - config.block_min) * area)
-    aspect = 0.75 + 0.75 * aspect  # height / width
+    u_area, u_aspect, u_top, u_left = torch.rand(4, n, config.blocks, device=device, generator=generator)
+    area = grid**2 * (config.block_min + (config.block_max - config.block_min) * u_area)  # in patches
+    aspect = 0.75 + 0.75 * u_aspect  # height / width
     height = (area * aspect).sqrt().round().clamp(1, grid)
     width = (area / aspect).sqrt().round().clamp(1, grid)
-    top = (top * (grid - height + 1)).floor()
-    left = (left * (grid - width + 1)).floor()
+    top = (u_top * (grid - height + 1)).floor()
+    left = (u_left * (grid - width + 1)).floor()
     i = torch.arange(grid, device=device)
     rows = (i >= top[..., None]) & (i < (top + height)[..., None])  # [n, blocks, grid]
     columns = (i >= left[..., None]) & (i < (left + width)[..., None])
@@ -327,7 +329,7 @@ def sample_masks(batch: int, grid: int, config: Config, generator=None, device=N
     unions = rearrange(block_unions(16 * batch, grid, config, generator, device), "(c b) h w -> c b (h w)", c=16)
     nearest = (unions.sum(dim=2) - M).abs().argmin(dim=0)  # [B]
     union = unions[nearest, torch.arange(batch, device=device)]  # [B, N]
-    # sort, masked patches last; in random order among themselves
+    # keys 0..0.5 outside the union, 1..1.5 inside: the M largest are masked, random ones join or leave to make it M
     order = (union + 0.5 * torch.rand(union.shape, device=device, generator=generator)).argsort(dim=1)
     return order[:, :-M], order[:, -M:]
 
@@ -464,13 +466,13 @@ class Predictor(nn.Module):
             x = torch.cat([action.unsqueeze(2) * self.action_weight + self.action_bias, x], dim=1)
         if extra is not None:
             x = torch.cat([extra, x], dim=1)
-        x = self.blocks(x)[:, -masked.shape[1] :]  # what became of the mask tokens
+        x = self.blocks(x)[:, -masked.shape[1] :]  # of [extra, action, context, mask tokens] only the last, [B, M, W]
         return self.out(self.norm(x))
 
     def everywhere(self, z: Tensor, action: Tensor, extra: Tensor | None = None) -> Tensor:
         """Imagine all positions from the latents of all positions, z: [B, N, D] -> [B, N, D].
 
-        Note: in training a mask token never stands at a position that the encoder sees; here each of them does.
+        deviation: in training a mask token never stands at a position that the encoder sees; here each of them does.
         """
         positions = torch.arange(z.shape[1], device=z.device).expand(len(z), -1)
         return self(z, positions, positions, action, extra)
@@ -492,9 +494,9 @@ class IWM(nn.Module):
         self.predictor = Predictor(config)
 
     def loss(self, images: Tensor, generator=None) -> Tensor:
-        """Mean squared error of the imagined latents at the masked patches. images: [B, 3, H, W] in 0..1 -> scalar.
+        """Mean squared error of the imagined latents at the masked patches. images: [B, 3, S, S] in 0..1 -> scalar.
 
-        Its gradient reaches encoder and predictor; the teacher gets none.
+        The context of x goes to the encoder, all of y to the teacher. The gradient reaches encoder and predictor; the teacher gets none.
         """
         c = self.config
         with torch.autocast(images.device.type, enabled=False):  # pixels stay float32
@@ -543,12 +545,10 @@ def ranks(imagined: Tensor, bank: Tensor) -> Tensor:
     imagined, bank: [V, ...]; imagined[i] should be nearest to bank[i]. Returns [V] float on the CPU.
     """
     a, b = imagined.flatten(1).cpu().double(), bank.flatten(1).cpu().double()
-    # NaN must not help: it is the largest distance (1e300, since infinities would not tie: inf - inf is NaN)
-    distance = torch.cdist(a, b).nan_to_num(nan=torch.inf, posinf=torch.inf).clamp(max=1e300)
+    distance = torch.cdist(a, b).nan_to_num(nan=1e300, posinf=1e300)  # NaN must not help: it is the farthest
     true = distance.diagonal().unsqueeze(1)
-    tolerance = (
-        1e-6 * b.square().sum(dim=1).mean().sqrt().nan_to_num()
-    )  # equal variants stay tied after cdist's rounding
+    # cdist rounds: distances that differ by less than a millionth of the bank's norm are a tie
+    tolerance = 1e-6 * b.square().sum(dim=1).mean().sqrt().nan_to_num()
     nearer, tied = distance < true - tolerance, (distance - true).abs() <= tolerance
     return nearer.sum(dim=1) + (tied.sum(dim=1) + 1) / 2
 
@@ -627,7 +627,7 @@ def knn_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tenso
 
 
 def linear_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, ridge: float = 1e-3) -> float:
-    """Linear probe in closed form: ridge regression to one-hot labels on standardised features [n, D]."""
+    """Linear probe; deviation: in closed form, ridge regression to one-hot labels on standardised features [n, D]."""
     mean, std = train.mean(dim=0), train.std(dim=0) + 1e-6
     train, test = ((F.pad((f - mean) / std, (0, 1), value=1.0)).cpu().double() for f in (train, test))
     gram = train.T @ train + ridge * len(train) * torch.eye(train.shape[1], dtype=train.dtype)
