@@ -79,10 +79,10 @@ def difficulty(found):
             axis.plot([i] * len(scores), scores, "o", color=colour, alpha=0.5)
             means.append(statistics.mean(scores) if scores else math.nan)
         axis.plot(range(3), means, color=colour, label=f"predictor of {label}")
-    axis.axhline(CHANCE, color="gray", linestyle=":")
+    axis.axhline(CHANCE, color="gray", linestyle=":", label="chance")
     axis.set_xticks(range(3), [label for label, _ in columns])
-    axis.set(ylabel="MRR", ylim=(0, None))
-    axis.legend(frameon=False)
+    axis.set(ylabel="MRR, each on its own bank", ylim=(0, None))
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 0.08))
     save(figure, "difficulty.png")
 
 
@@ -98,7 +98,9 @@ def finetuning():
         (size, *_), scores = zip(*points)
         spread = statistics.stdev(scores) if len(scores) > 1 else 0
         axis.errorbar(max(size, 1e-3), statistics.mean(scores), spread, fmt="o", capsize=3)
-        axis.annotate(row, (max(size, 1e-3), statistics.mean(scores)), (6, 4), textcoords="offset points", fontsize=9)
+        left = row == "learned predictor"  # where it would cover "encoder"
+        axis.annotate(row, (max(size, 1e-3), statistics.mean(scores)), (-7 if left else 7, 4), fontsize=9,
+                      textcoords="offset points", ha="right" if left else "left")  # fmt: skip
     axis.set(xscale="log", xlim=(8e-4, 12), xlabel="trained parameters, millions", ylabel="CIFAR-10 test accuracy, %")
     save(figure, "finetuning.png")
 
@@ -113,20 +115,24 @@ def correlation(x, y) -> str:
 
 
 def spectrum(found):
-    """Every run of the grid: MRR against what its latents are worth."""
+    """Every world model of the grid (not I-JEPA, and not those that were not told the action): MRR against accuracy."""
+    found = {name: seeds for name, seeds in found.items() if name not in ("ijepa", "none")}
     measures = (
         ("linear", "linear probe"),
+        ("knn", "kNN"),
         ("attentive", "attentive probe"),
         ("learned predictor", "predictor finetuning"),
     )
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    measures = [m for m in measures if sum(m[0] in run for seeds in found.values() for run in seeds.values()) > 2]
+    figure, axes = plt.subplots(1, len(measures), figsize=(4 * len(measures), 3.8), layout="constrained", squeeze=False)
+    axes = axes[0]
     for axis, (key, label) in zip(axes, measures):
         everything = []
         for i, (name, seeds) in enumerate(found.items()):
             points = [(run["mrr"], run[key]) for run in seeds.values() if key in run]
             everything += points
             axis.plot(*zip(*points) if points else ([], []), "o", color=f"C{i}", label=name)
-        title = correlation(*zip(*everything)) if len(everything) > 2 else ""
+        title = correlation(*zip(*everything))
         print(f"{label} against MRR: {title}")
         axis.set(xlabel="MRR", ylabel=f"{label}, %", title=title)
         axis.title.set_fontsize(10)
