@@ -818,6 +818,13 @@ class TestTrain:
         lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [0, 2, 4]
 
+    def test_a_loss_that_is_not_finite_stops_the_run(self, folder, tmp_path, monkeypatch, capsys):
+        loss = train.IWM.loss
+        monkeypatch.setattr(train.IWM, "forward", lambda self, *args: loss(self, *args) * float("nan"))
+        flags = ["--data", folder, "--preset", "cifar", *TINY_FLAGS.split(), "--out", tmp_path / "run"]
+        code, out = call(train, monkeypatch, capsys, *flags)
+        assert code == 2 and "the loss is nan at step" in out and "last.pt" in out
+
     @pytest.mark.parametrize("flags, named", [
         (["--conditioning", "film"], "conditioning"), (["--patch", "5"], "patch"), (["--steps", "0"], "steps"),
         (["--data", "no/such/folder"], "no/such/folder"), (["--device", "abacus"], "abacus"), (["--lr", "nan"], "lr"),
@@ -875,6 +882,10 @@ class TestFolderCache:
         found = train.read_image(file, 10)
         assert found.shape == (10, 10, 3) and found.dtype == "uint8"
         assert found[:, :3].mean() < 80 and found[:, -3:].mean() > 160, "the lightness of the image is lost"
+        if mode == "L":  # columns 10 to 13 of the picture, of lightness 40 to 52
+            assert 40 < found[:, 0].mean() < 52, (
+                "the middle square is kept; the whole picture squeezed would start darker"
+            )
 
     def test_a_strip_one_pixel_wide_needs_no_memory(self, tmp_path):
         Image.new("RGB", (1, 60_000), (9, 9, 9)).save(tmp_path / "a.png")
