@@ -1113,7 +1113,10 @@ class TestFinetune:
         """With every action null, K imagined variants are one: the same probe as on the predictor's own output."""
         monkeypatch.setattr(finetune.iwm, "jitter_params", lambda n, *_, **__: IDENTITY.expand(n, 4))
         model, tasks = tiny(), self.tasks("colour")
+        asked, everywhere = [], model.predictor.everywhere
+        model.predictor.everywhere = lambda z, action: asked.append(len(z)) or everywhere(z, action)
         once, thrice = (finetune.closed_form_row(f"linear, {k} imagined", model, tasks, 0, {}) for k in (1, 3))
+        assert sum(asked) == (1 + 3) * 120, "K variants of each of the 120 images"
         plain = finetune.closed_form_row("linear, predictor", model, tasks, 0, {})
         assert once["test"] == thrice["test"] == plain["test"]
 
