@@ -825,6 +825,23 @@ class TestTrain:
         code, out = call(train, monkeypatch, capsys, *flags)
         assert code == 2 and "the loss is nan at step" in out and "last.pt" in out
 
+    def test_the_test_images_are_measured_only_at_the_end(self, folder, tmp_path, monkeypatch, capsys):
+        measure, splits = train.measure, []
+        monkeypatch.setattr(train, "measure", lambda m, d, split, *a: splits.append(split) or measure(m, d, split, *a))
+        flags = ["--data", folder, "--preset", "cifar", *TINY_FLAGS.split(), "--out", tmp_path / "run"]
+        assert call(train, monkeypatch, capsys, *flags)[0] == 0
+        assert splits == ["val", "val", "val", "test", "test"], (
+            "steps 0, 2 and 4; then the trained and a random network"
+        )
+
+    def test_every_epoch_has_an_order_of_its_own(self, folder, tmp_path, monkeypatch, capsys):
+        """10 steps are two epochs of 5."""
+        loss, seen = train.IWM.loss, []
+        monkeypatch.setattr(train.IWM, "forward", lambda self, images, g: seen.append(images) or loss(self, images, g))
+        flags = ["--data", folder, "--preset", "cifar", *TINY_FLAGS.split(), "--steps", 10, "--out", tmp_path / "run"]
+        assert call(train, monkeypatch, capsys, *flags)[0] == 0
+        assert len(seen) == 10 and not torch.equal(torch.cat(seen[:5]), torch.cat(seen[5:]))
+
     @pytest.mark.parametrize("flags, named", [
         (["--conditioning", "film"], "conditioning"), (["--patch", "5"], "patch"), (["--steps", "0"], "steps"),
         (["--data", "no/such/folder"], "no/such/folder"), (["--device", "abacus"], "abacus"), (["--lr", "nan"], "lr"),
