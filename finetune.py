@@ -517,7 +517,10 @@ def describe(records: list[dict]) -> str:
 def main():
     args = parse()
     if args.checkpoint.suffix == ".jsonl":
-        print(describe(read_rows(args.checkpoint)))
+        try:
+            print(describe(read_rows(args.checkpoint)) or die(f"{args.checkpoint} has no rows of finetune.py"))
+        except (KeyError, TypeError):
+            die(f"{args.checkpoint} is not a finetune.jsonl of this version of finetune.py")
         return
     if train.WORLD > 1:
         die("finetune.py runs on one device: start it without torchrun")
