@@ -518,9 +518,12 @@ def main():
     args = parse()
     if args.checkpoint.suffix == ".jsonl":
         try:
-            print(describe(read_rows(args.checkpoint)) or die(f"{args.checkpoint} has no rows of finetune.py"))
+            tables = describe(read_rows(args.checkpoint))
         except (KeyError, TypeError):
             die(f"{args.checkpoint} is not a finetune.jsonl of this version of finetune.py")
+        if not tables:
+            die(f"{args.checkpoint} has no rows of finetune.py")
+        print(tables)
         return
     if train.WORLD > 1:
         die("finetune.py runs on one device: start it without torchrun")

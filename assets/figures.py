@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -12,13 +13,14 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from finetune import read_rows  # noqa: E402
+from iwm import chance  # noqa: E402
+from train import mean_std  # noqa: E402
+
 GRID = HERE / "results" / "grid"  # NAME-sSEED.result.json and, of the same run, .finetune.jsonl
-CHANCE = 0.0239
+CHANCE = chance(256)
 plt.rcParams |= {"figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def runs() -> dict[str, dict[int, dict]]:
@@ -28,19 +30,12 @@ def runs() -> dict[str, dict[int, dict]]:
         name, seed = re.fullmatch(r"(.+)-s(\d+)", path.name.removesuffix(".result.json")).groups()
         run = dict(json.loads(path.read_text())["trained"])
         rows = {}
-        for row in lines(path.with_name(path.name.replace("result.json", "finetune.jsonl"))):
+        for row in read_rows(path.with_name(path.name.replace("result.json", "finetune.jsonl"))):
             rows.setdefault(row["row"], []).append(100 * row["test"]["classify"])
         run |= {row: statistics.mean(scores) for row, scores in rows.items()}
         run |= {"linear": 100 * run["linear"], "knn": 100 * run["knn"]}
         found.setdefault(name, {})[int(seed)] = run
     return found
-
-
-def mean_std(values: list[float], digits: int) -> str:
-    """Mean ± standard deviation; of one value just the value, of none a dash."""
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}" if values else "-"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def save(figure, name: str):
@@ -52,7 +47,7 @@ def conditioning(found):
     """MRR over training (the long runs, one seed) and at the end of short runs (each seed a point)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(2, 1))
     for name, colour in (("feature", "C0"), ("sequence", "C1")):
-        points = [(m["step"], m["mrr"]) for m in lines(HERE / "results" / f"cifar-{name}.metrics.jsonl")]
+        points = [(m["step"], m["mrr"]) for m in read_rows(HERE / "results" / f"cifar-{name}.metrics.jsonl")]
         left.plot(*zip(*points), color=colour, marker=".", label=name)
     for i, (name, colour) in enumerate((("none", "C2"), ("sequence", "C1"), ("feature", "C0"))):
         scores = [run["mrr"] for run in found.get(name, {}).values()]
@@ -61,7 +56,7 @@ def conditioning(found):
     for axis, title in ((left, "20,000 steps, one seed, 16 held-out images"), (right, "2,000 steps, 64 test images")):
         axis.axhline(CHANCE, color="gray", linestyle=":")
         axis.set(ylabel="MRR", ylim=(0, None), title=title)
-    left.text(0, CHANCE + 0.01, "chance", color="gray")
+    left.text(20_000, CHANCE + 0.01, "chance", color="gray", ha="right")
     left.set_xlabel("step")
     left.legend(frameon=False)
     save(figure, "conditioning.png")
@@ -70,17 +65,19 @@ def conditioning(found):
 def difficulty(found):
     """MRR by difficulty of the transformations and depth of the predictor, each seed a point, a line through the means."""
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    columns = (("jitter", "x1-jitter"), ("+ destructive", "x1"), ("+ strong jitter", "{}"))
-    for label, suffix, colour in (("6 blocks", "", "C0"), ("2 blocks", "-shallow", "C3")):
+    depths = {
+        "6 blocks": ("C0", "x1-jitter", "x1", "feature"),
+        "2 blocks": ("C3", "x1-jitter-shallow", "x1-shallow", "shallow"),
+    }
+    for label, (colour, *names) in depths.items():
         means = []
-        for i, (_, name) in enumerate(columns):
-            name = (name + suffix) if name != "{}" else "shallow" if suffix else "feature"
+        for i, name in enumerate(names):
             scores = [run["mrr"] for run in found.get(name, {}).values()]
             axis.plot([i] * len(scores), scores, "o", color=colour, alpha=0.5)
             means.append(statistics.mean(scores) if scores else math.nan)
         axis.plot(range(3), means, color=colour, label=f"predictor of {label}")
     axis.axhline(CHANCE, color="gray", linestyle=":", label="chance")
-    axis.set_xticks(range(3), [label for label, _ in columns])
+    axis.set_xticks(range(3), ("jitter", "+ destructive", "+ strong jitter"))
     axis.set(ylabel="MRR, each on its own bank", ylim=(0, None))
     axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 0.08))
     save(figure, "difficulty.png")
@@ -89,7 +86,7 @@ def difficulty(found):
 def finetuning():
     """Accuracy against trained parameters, of one checkpoint, mean and deviation over seeds."""
     rows = {}
-    for row in lines(HERE / "results" / "cifar-feature.finetune.jsonl"):
+    for row in read_rows(HERE / "results" / "cifar-feature.finetune.jsonl"):
         rows.setdefault(row["row"], []).append((row["trainable"] / 1e6, 100 * row["test"]["classify"]))
     figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for row, points in rows.items():
@@ -146,9 +143,8 @@ if __name__ == "__main__":
     print(f"| run | seeds | {' | '.join(columns)} |\n{'|---' * (len(columns) + 2)}|")
     for name, seeds in found.items():
         cells = [[run[key] for run in seeds.values() if key in run] for key in columns]
-        print(
-            f"| {name} | {len(seeds)} | {' | '.join(mean_std(v, 3 if k == 'mrr' else 1) for k, v in zip(columns, cells))} |"
-        )
+        cells = [mean_std(v, 3 if k == "mrr" else 1) if v else "-" for k, v in zip(columns, cells)]
+        print(f"| {name} | {len(seeds)} | {' | '.join(cells)} |")
     conditioning(found)
     difficulty(found)
     finetuning()
