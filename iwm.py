@@ -496,7 +496,8 @@ class IWM(nn.Module):
     def loss(self, images: Tensor, generator=None) -> Tensor:
         """Mean squared error of the imagined latents at the masked patches. images: [B, 3, S, S] in 0..1 -> scalar.
 
-        The context of x goes to the encoder, all of y to the teacher. The gradient reaches encoder and predictor; the teacher gets none.
+        The context of x goes to the encoder, all of y to the teacher. The gradient reaches encoder and predictor; the
+        teacher gets none.
         """
         c = self.config
         with torch.autocast(images.device.type, enabled=False):  # pixels stay float32

@@ -30,6 +30,7 @@ from torchvision.transforms.v2 import ColorJitter
 import finetune
 import train
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 reference = importlib.import_module("iwm")
 iwm = importlib.import_module(os.environ.get("IWM", "iwm"))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -77,7 +78,7 @@ def tiny(seed=0, **changes):
 
 
 class TestConfig:
-    GRADES = "Config setting PRESETS"
+    GRADES = "Config setting"
 
     def test_presets_build_and_say_what_they_are(self):
         assert {"shapes", "cifar", "imagenet100", "paper"} <= set(iwm.PRESETS)
@@ -314,6 +315,8 @@ class TestMasks:
         _, masked = iwm.sample_masks(20_000, 8, TINY, seeded())
         often = F.one_hot(masked, 64).sum(dim=(0, 1)).view(8, 8) / 20_000
         assert often.min() > 0.03 and often.max() < 0.97, "some patch is never masked, or always"
+        middle, corners = often[3:5, 3:5].mean(), often[::7, ::7].mean()
+        assert middle > 2 * corners, "rectangles cover the middle more often: are context and masked patches swapped?"
         for mirrored in (often.flip(0), often.flip(1)):
             close(
                 often,
@@ -708,11 +711,15 @@ class TestRecipe:
 TINY_FLAGS = "--width 16 --depth 1 --heads 2 --pred-width 8 --pred-depth 1 --steps 4 --batch-size 8 --measurements 2 --bank 8 --mrr-images 2"
 
 
+def tiny_run(folder, out):
+    """Flags of a run of 4 tiny steps on the folder of tiny images."""
+    return ["--data", folder, "--preset", "cifar", *TINY_FLAGS.split(), "--out", out]
+
+
 def run(*arguments, cwd=None, script="train.py", **environment):
     """The script as a user calls it."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = [sys.executable, os.path.join(here, script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or here, timeout=170,
+    command = [sys.executable, os.path.join(HERE, script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or HERE, timeout=170,
                           env=os.environ | environment)  # fmt: skip
 
 
@@ -810,7 +817,7 @@ class TestTrain:
         assert damaged.returncode == 2 and "last.pt" in damaged.stderr and "Traceback" not in damaged.stderr
 
     def test_a_run_killed_before_its_first_step_measures_step_0_once(self, folder, tmp_path, monkeypatch, capsys):
-        flags = ["--data", folder, "--preset", "cifar", *TINY_FLAGS.split(), "--out", tmp_path / "run", "--resume"]
+        flags = [*tiny_run(folder, tmp_path / "run"), "--resume"]
         with monkeypatch.context() as patched:
             patched.setattr(train.IWM, "update_teacher", lambda self, momentum: sys.exit("killed"))
             assert call(train, monkeypatch, capsys, *flags)[0] == "killed"
@@ -821,15 +828,13 @@ class TestTrain:
     def test_a_loss_that_is_not_finite_stops_the_run(self, folder, tmp_path, monkeypatch, capsys):
         loss = train.IWM.loss
         monkeypatch.setattr(train.IWM, "forward", lambda self, *args: loss(self, *args) * float("nan"))
-        flags = ["--data", folder, "--preset", "cifar", *TINY_FLAGS.split(), "--out", tmp_path / "run"]
-        code, out = call(train, monkeypatch, capsys, *flags)
+        code, out = call(train, monkeypatch, capsys, *tiny_run(folder, tmp_path / "run"))
         assert code == 2 and "the loss is nan at step" in out and "last.pt" in out
 
     def test_the_test_images_are_measured_only_at_the_end(self, folder, tmp_path, monkeypatch, capsys):
         measure, splits = train.measure, []
         monkeypatch.setattr(train, "measure", lambda m, d, split, *a: splits.append(split) or measure(m, d, split, *a))
-        flags = ["--data", folder, "--preset", "cifar", *TINY_FLAGS.split(), "--out", tmp_path / "run"]
-        assert call(train, monkeypatch, capsys, *flags)[0] == 0
+        assert call(train, monkeypatch, capsys, *tiny_run(folder, tmp_path / "run"))[0] == 0
         assert splits == ["val", "val", "val", "test", "test"], (
             "steps 0, 2 and 4; then the trained and a random network"
         )
@@ -838,8 +843,7 @@ class TestTrain:
         """10 steps are two epochs of 5."""
         loss, seen = train.IWM.loss, []
         monkeypatch.setattr(train.IWM, "forward", lambda self, images, g: seen.append(images) or loss(self, images, g))
-        flags = ["--data", folder, "--preset", "cifar", *TINY_FLAGS.split(), "--steps", 10, "--out", tmp_path / "run"]
-        assert call(train, monkeypatch, capsys, *flags)[0] == 0
+        assert call(train, monkeypatch, capsys, *tiny_run(folder, tmp_path / "run"), "--steps", 10)[0] == 0
         assert len(seen) == 10 and not torch.equal(torch.cat(seen[:5]), torch.cat(seen[5:]))
 
     @pytest.mark.parametrize("flags, named", [
@@ -948,10 +952,9 @@ class TestDevices:
             "if rank == 0: torch.save([p.grad for p in model.parameters() if p.requires_grad], sys.argv[1])\n"
         )
         (tmp_path / "half.py").write_text(code)
-        here = os.path.dirname(os.path.abspath(__file__))
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
         subprocess.run([*command, tmp_path / "half.py", tmp_path / "grads.pt"], check=True, capture_output=True, timeout=170,
-                       env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"})  # fmt: skip
+                       env=os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"})  # fmt: skip
         torch.manual_seed(0)
         model = iwm.IWM(iwm.Config(width=32, depth=2, heads=2, pred_width=16, pred_depth=2))
         images = torch.rand(2, 4, 3, 32, 32, generator=seeded(5))
@@ -961,7 +964,6 @@ class TestDevices:
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
     def test_torchrun_trains_and_only_one_process_writes(self, folder, tmp_path):
-        here = os.path.dirname(os.path.abspath(__file__))
         code = (  # train.py, but each process keeps the images of its last step
             "import iwm, os, runpy, torch\n"
             "loss = iwm.IWM.forward\n"
@@ -973,9 +975,9 @@ class TestDevices:
         )
         (tmp_path / "kept.py").write_text(code)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-        flags = ["--data", str(folder), "--preset", "cifar", *TINY_FLAGS.split(), "--out", str(tmp_path / "run")]
+        flags = tiny_run(folder, tmp_path / "run")
         done = subprocess.run([*command, tmp_path / "kept.py", *flags], capture_output=True, text=True, timeout=170,
-                              env=os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "1", "KEEP": str(tmp_path)})  # fmt: skip
+                              env=os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "KEEP": str(tmp_path)})  # fmt: skip
         assert done.returncode == 0, done.stderr
         one, other = (torch.load(tmp_path / rank, weights_only=True) for rank in "01")
         assert len(one) == len(other) == 4 and not any((image == other).flatten(1).all(dim=1).any() for image in one), (
@@ -1235,10 +1237,9 @@ class TestFuzz:
 class TestReadme:
     def test_the_reading_guide_points_at_the_right_lines(self):
         """Each "`name` first-last" of the README is where iwm.py defines that function, class or method."""
-        here = os.path.dirname(os.path.abspath(__file__))
         with (
-            open(os.path.join(here, "iwm.py")) as code,
-            open(os.path.join(here, "README.md"), encoding="utf-8") as readme,
+            open(os.path.join(HERE, "iwm.py")) as code,
+            open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme,
         ):
             tree, text = ast.parse(code.read()), readme.read()
         where = {}
