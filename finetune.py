@@ -115,6 +115,8 @@ def load_tasks(names: list[str], config: Config, labels: int, device, cache: Pat
             die(f"task {name} is not classify, segment, {', '.join(FACTORS)}, a data set or a folder")
         else:
             data = train.load_data(config if name == "classify" else replace(config, data=name), device, cache)
+        if labels > len(data["train"][0]):
+            die(f"--labels {labels} is more than the {len(data['train'][0])} training images of {name}")
         if labels:
             data["train"] = tuple(part[:labels] for part in data["train"])
         tasks[name] = Task(data)
@@ -440,6 +442,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--out", type=Path, help="folder of finetune.jsonl (default: the checkpoint's)")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--resume", action="store_true", help="skip the rows that finetune.jsonl has from the same settings")
+    parser.error = die  # one line instead of the list of all flags
     args = parser.parse_args(argv)
     args.tasks = list(FACTORS if args.protocol == "factors" and args.task == "classify" else args.task.split(","))
     try:
@@ -469,7 +472,7 @@ def load_checkpoint(path: Path, device) -> IWM:
         model.load_state_dict(state["model"])
         return model.requires_grad_(False)
     except Exception as error:  # a damaged or foreign file can raise anything
-        die(f"{path} is not a checkpoint (last.pt) of train.py: {' '.join(str(error).split()):.100}")
+        die(f"{path} is not a checkpoint of train.py: {type(error).__name__} {' '.join(str(error).split()):.80}")
 
 
 def read_rows(file: Path) -> list[dict]:

@@ -112,7 +112,8 @@ class Config:
 
         for f in fields(self):
             (low, high), value = f.metadata["range"], getattr(self, f.name)
-            need(low is None or low <= value <= high, f"{f.name} is {value}: it must be between {low} and {high}")
+            allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            need(low is None or low <= value <= high, f"{f.name} is {value}: it must be {allowed}")
         need(self.block_min <= self.block_max, f"block_min {self.block_min} is above block_max {self.block_max}")
         need(self.conditioning in ("none", "sequence", "feature"),
              f"conditioning is {self.conditioning!r}: choose none, sequence or feature")  # fmt: skip

@@ -305,7 +305,9 @@ class TestMasks:
         assert torch.equal(both, torch.arange(grid**2).expand(32, -1)), (
             "each patch must be either context or masked, once"
         )
-        assert abs(context.shape[1] / grid**2 - share) < 0.07, f"about {share:.0%} of the patches are context"
+        assert abs(context.shape[1] / grid**2 - share) < 0.07, (
+            f"about {share:.0%} of the patches are context, are the two swapped?"
+        )
 
     def test_mask_shapes_never_change(self):
         shapes = {tuple(m.shape for m in iwm.sample_masks(16, 8, TINY, seeded(s))) for s in range(20)}
@@ -825,6 +827,20 @@ class TestTrain:
         lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [0, 2, 4]
 
+    def test_two_processes_in_one_folder_are_refused(self, folder, tmp_path, monkeypatch, capsys):
+        flags = [*tiny_run(folder, tmp_path / "run"), "--resume"]
+        step = train.IWM.update_teacher
+
+        def second(self, momentum):
+            monkeypatch.setattr(train.IWM, "update_teacher", step)
+            found.append(call(train, monkeypatch, capsys, *flags))
+            return step(self, momentum)
+
+        found = []
+        monkeypatch.setattr(train.IWM, "update_teacher", second)
+        assert call(train, monkeypatch, capsys, *flags)[0] == 0, "the first run must not be disturbed"
+        assert found[0][0] == 2 and "another process is at work" in found[0][1]
+
     def test_a_loss_that_is_not_finite_stops_the_run(self, folder, tmp_path, monkeypatch, capsys):
         loss = train.IWM.loss
         monkeypatch.setattr(train.IWM, "forward", lambda self, *args: loss(self, *args) * float("nan"))
@@ -850,7 +866,7 @@ class TestTrain:
         (["--conditioning", "film"], "conditioning"), (["--patch", "5"], "patch"), (["--steps", "0"], "steps"),
         (["--data", "no/such/folder"], "no/such/folder"), (["--device", "abacus"], "abacus"), (["--lr", "nan"], "lr"),
         (["--batch-size", "30000", "--preset", "shapes"], "batch_size"), (["--nonsense"], "--nonsense"),
-        (["--seed", "-1"], "seed"), (["--strength", "1e39"], "strength"),
+        (["--seed", "-1"], "seed"), (["--strength", "1e39"], "strength"), (["--table", "no/such/run"], "no/such/run"),
     ])  # fmt: skip
     def test_a_wrong_flag_is_one_clear_line(self, flags, named, tmp_path, monkeypatch, capsys):
         code, out = call(train, monkeypatch, capsys, *flags, "--out", tmp_path / "run")
@@ -1155,6 +1171,7 @@ class TestFinetune:
 
     @pytest.mark.parametrize("flags, named", [
         (["--lr", "x"], "--lr"), (["--steps", "0"], "--steps"), (["--task", "hat"], "hat"), (["--labels", "-5"], "labels"),
+        (["--labels", "1000"], "1000 is more than"),
         (["--task", "segment", "--data", "nowhere"], "nowhere"), (["--data", "nowhere"], "nowhere"),
         (["--task", "shape,shape"], "shape"), (["--device", "abacus"], "abacus"), (["--seeds", "0"], "--seeds"),
     ])  # fmt: skip

@@ -41,9 +41,10 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 try:
-    import resource  # not on Windows
-except ImportError:
-    resource = None
+    import fcntl
+    import resource
+except ImportError:  # on Windows
+    fcntl = resource = None
 try:
     import matplotlib
 
@@ -381,6 +382,7 @@ def draw_curves(metrics: list[dict], path: Path):
         for name in panel.split():
             points = [(m["images"], m[name]) for m in metrics if m[name] is not None]
             axis.plot(*zip(*points) if points else ([], []), marker=".", label=name)
+        axis.set_ylim(bottom=0)
         axis.set_xlabel("images seen")
         axis.legend()
     write_whole(path, lambda aside: figure.savefig(aside, dpi=80, format="png"))
@@ -398,14 +400,17 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--preset", choices=PRESETS, help="defaults to start from (default: the one that suits --data)")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ from it)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out (start it if there is none)")
     parser.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="print a table of finished runs, and stop")
     for f in fields(Config):
         flag = "--" + f.name.replace("_", "-")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         explained = f"{f.metadata['help']} (default of preset shapes: {f.default})"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=explained, **kind)
+    parser.error = die  # one line instead of the list of all flags
     args = parser.parse_args(argv)
+    if args.out == Path():
+        die("--out is the current folder: name a folder of its own")
     if args.table:
         print(table(args.table))
         sys.exit()
@@ -493,6 +498,20 @@ def main():
     optimizer = make_optimizer(model, config)
     start, seconds, metrics, losses = 0, 0.0, [], []
     make_folder(args.out)
+    if RANK == 0:
+        stored = args.out / "config.json"
+        if not stored.exists():
+            write_whole(stored, lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
+        if not os.access(stored, os.W_OK):
+            die(f"cannot write {stored}")
+        lock = stored.open("a")  # stays locked until this process ends, in whatever way
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            die(f"another process is at work in {args.out}: wait for it, or choose another --out")
+        except OSError:
+            pass  # a file system without locks
     if args.resume and (args.out / "last.pt").exists():
         try:
             state = torch.load(args.out / "last.pt", map_location=device, weights_only=True)
@@ -501,14 +520,11 @@ def main():
             assert state["config"] == asdict(config), "it has another configuration"
             start, seconds, metrics, losses = (state[name] for name in ("step", "seconds", "metrics", "losses"))
         except Exception as error:  # a damaged file can raise anything
-            die(f"{args.out / 'last.pt'} is not a checkpoint of this run: {error!s:.100}")
+            die(f"{args.out / 'last.pt'} is not a checkpoint of this run: {type(error).__name__} {error!s:.100}")
     if config.compile:
         for part in (model.encoder, model.teacher, model.predictor):
             part.compile()
     step_model = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-
-    if RANK == 0:
-        write_whole(args.out / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
 
     def save(step):
         if RANK > 0:
@@ -552,6 +568,8 @@ def main():
           f"{device}" + f" x {WORLD}" * (WORLD > 1))  # fmt: skip
     if plt is None:
         print("no curves.png without matplotlib: pip install matplotlib")
+    if start:
+        print(f"going on at step {start} of {config.steps}")
     if not metrics:
         record(0)
     generator, B = torch.Generator(device), config.batch_size
@@ -628,7 +646,7 @@ def table(paths: list[Path]) -> str:
             config, seed = Config(**result["config"]), result["config"]["seed"]
             found = [factor * result[who][key] for key, (_, factor) in keys.items() for who in ("trained", "random")]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            die(f"{file} is no result.json of a finished run: {error!s:.100}")
+            die(f"{file} is no result.json of a finished run: {type(error).__name__} {error!s:.100}")
         flags = {preset: [f"--{f.name.replace('_', '-')} {getattr(config, f.name)}" for f in fields(Config)
                           if f.name not in ("seed", "data", "measurements", "mrr_images") and getattr(config, f.name) != getattr(base, f.name)]
                  for preset, base in PRESETS.items()}  # fmt: skip
@@ -640,6 +658,8 @@ def table(paths: list[Path]) -> str:
         )
         rows.setdefault(row, {})[seed] = [*found, result["seconds"] / 60]
 
+    if not rows:
+        die("--table found no finished run")
     lines = ["| data | run | MRR by chance | seeds | " + " | ".join(f"{label} | random init" for label, _ in keys.values())
              + " | minutes |", "|---" * (2 * len(keys) + 5) + "|"]  # fmt: skip
     for row, seeds in rows.items():
