@@ -34,6 +34,7 @@ import hashlib
 import itertools
 import json
 import math
+import random
 import statistics
 import sys
 import time
@@ -91,7 +92,8 @@ class Task:
 
     def __post_init__(self):
         self.dense = self.data["train"][1].ndim == 3
-        self.classes = max(int((y[y != VOID] if self.dense else y).max()) for _, y in self.data.values()) + 1
+        self.ignored = VOID if self.dense else -100  # labels that do not count; classes have none
+        self.classes = max(int(y[y != self.ignored].max()) for _, y in self.data.values()) + 1
 
 
 def load_tasks(names: list[str], config: Config, labels: int, device, cache: Path) -> dict[str, Task]:
@@ -130,13 +132,10 @@ def load_segmentation(config: Config, device) -> dict[str, tuple[Tensor, Tensor]
     """
     size = config.image_size
     if config.data == "pets":
-        try:
-            pets = torchvision.datasets.OxfordIIITPet
-            sets = {split: pets("data", name, "segmentation", download=True)
-                    for split, name in (("train", "trainval"), ("test", "test"))}  # fmt: skip
-        except Exception as error:  # no network, a damaged archive, no write access
-            die(f"pets is not in ./data and cannot be downloaded ({error}): try --data shapes")
-        pairs = {split: list(zip(found._images, found._segs)) for split, found in sets.items()}
+        pets = [train.download("pets", torchvision.datasets.OxfordIIITPet, split, "segmentation")
+                for split in ("trainval", "test")]  # fmt: skip
+        learn, test = (list(zip(found._images, found._segs)) for found in pets)
+        random.Random(0).shuffle(learn)  # they are in the order of breeds
         first = 1  # its trimaps count from 1
     else:
         root, first = Path(config.data), 0
@@ -146,11 +145,11 @@ def load_segmentation(config: Config, device) -> dict[str, tuple[Tensor, Tensor]
         if len(both) < 20:
             die(f"{config.data or '--data'} has {len(both)} images/NAME.* with masks/NAME.*: segment needs at least 20 "
                 "(or --data pets, --data shapes)")  # fmt: skip
-        order = torch.randperm(len(both), generator=torch.Generator().manual_seed(0)).tolist()
-        both, tenth = [both[i] for i in order], len(both) // 10
-        pairs = {"test": both[-tenth:], "train": both[:-tenth]}
-    data = {}
-    for split, files in pairs.items():
+        random.Random(0).shuffle(both)
+        tenth = len(both) // 10
+        learn, test = both[:-tenth], both[-tenth:]
+    data, tenth = {}, len(learn) // 10
+    for split, files in (("train", learn[tenth:]), ("val", learn[:tenth]), ("test", test)):
         images, labels = [], []
         for image, mask in tqdm(files, desc=f"reading {split}", leave=False):
             try:
@@ -165,9 +164,6 @@ def load_segmentation(config: Config, device) -> dict[str, tuple[Tensor, Tensor]
                 die(f"{mask} is no mask: one channel of 8 bits, the class of each pixel (255: none), is needed")
             labels.append(label - first)
         data[split] = torch.stack(images).permute(0, 3, 1, 2).contiguous().to(device), torch.stack(labels).to(device)
-    tenth = len(data["train"][0]) // 10
-    data["val"] = tuple(part[:tenth] for part in data["train"])
-    data["train"] = tuple(part[tenth:] for part in data["train"])
     return data
 
 
@@ -254,8 +250,6 @@ class Network(nn.Module):
         z = torch.cat(list(parts.values()))
         if z.dtype == torch.uint8:
             z = self.encoder(to_float(z))
-        elif not torch.is_autocast_enabled(z.device.type):
-            z = z.float()
         if self.predictor:
             tokens = None if self.task_tokens is None else self.task_tokens[which]
             z = self.predictor.everywhere(z, null_action(z), tokens)
@@ -289,9 +283,7 @@ def score(network: Network, name: str, task: Task, split: str, inputs: Tensor) -
     return mean_iou(found, labels.cpu(), task.classes) if task.dense else (found == labels.cpu()).double().mean().item()
 
 
-def fit(
-    network: Network, tasks: dict[str, Task], inputs: dict, batch: int, lr: float, seed: int, args, title: str
-) -> bool:
+def fit(network: Network, tasks: dict[str, Task], inputs: dict, batch: int, lr: float, seed: int, args, title) -> bool:
     """Train everything that is not frozen, `batch` images of each task a step. -> whether the loss stayed finite
 
     deviation: AdamW, a tenth of the steps warm-up, then a cosine to 0; the learned encoder too has the lower lr.
@@ -302,12 +294,9 @@ def fit(
         if p.requires_grad:
             decay = 0.0 if p.ndim <= 1 or name.endswith(("bias", "query", "tokens")) else args.weight_decay
             groups.setdefault((lr * args.learned_lr if id(p) in learned else lr, decay), []).append(p)
-    optimizer = torch.optim.AdamW(
-        [{"params": group, "lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()], fused=True
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, 10 * (i + 1) / args.steps) * 0.5 * (1 + math.cos(math.pi * i / args.steps))
-    )
+    optimizer = torch.optim.AdamW([dict(params=p, lr=r, weight_decay=d) for (r, d), p in groups.items()], fused=True)
+    schedule = lambda i: min(1, 10 * (i + 1) / args.steps) * 0.5 * (1 + math.cos(math.pi * i / args.steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     generator = torch.Generator(device).manual_seed(seed)
     orders = {name: torch.empty(0, dtype=torch.long) for name in tasks}
     for _ in tqdm(range(args.steps), desc=title, leave=False):
@@ -323,8 +312,7 @@ def fit(
                 parts[name] = (255 * crop).round().byte()
         with train.autocast(network.config, device):
             logits = network(parts)
-        ignored = {name: VOID if task.dense else -100 for name, task in tasks.items()}
-        losses = [F.cross_entropy(logits[n].float(), labels[n], ignore_index=ignored[n]) for n in tasks]
+        losses = [F.cross_entropy(logits[n].float(), labels[n], ignore_index=t.ignored) for n, t in tasks.items()]
         loss = torch.stack(losses).mean()
         loss.backward()
         optimizer.step()
@@ -352,7 +340,7 @@ def inputs_of(network: Network, row: str, tasks: dict[str, Task], seed: int, arg
     if ROWS[row][0].startswith("frozen") and not args.augment:
         config, device = network.config, next(network.parameters()).device
         who = ROWS[row][0], seed * ("random" in ROWS[row][0])
-        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        dtype = torch.bfloat16 if config.bf16 and device.type != "mps" else torch.float32
         for splits in inputs.values():
             for split, images in splits.items():
                 splits[split] = encoded(cache, who, lambda x: network.encoder(x).to(dtype), images, config, device)
@@ -370,12 +358,11 @@ def trained_row(row: str, model: IWM, tasks: dict[str, Task], batch: int, seed: 
             continue
         val = {name: score(network, name, task, "val", inputs[name]["val"]) for name, task in tasks.items()}
         if best is None or sum(val.values()) > sum(best["val"].values()):
-            best = {"val": val, "lr": lr, "network": network}
+            best, chosen = {"val": val, "lr": lr}, network
     if best is None:
         die(f"{row} diverged at every lr of --lr: lower it")
-    network = best.pop("network")
-    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    test = {name: score(network, name, task, "test", inputs[name]["test"]) for name, task in tasks.items()}
+    trainable = sum(p.numel() for p in chosen.parameters() if p.requires_grad)
+    test = {name: score(chosen, name, task, "test", inputs[name]["test"]) for name, task in tasks.items()}
     return best | {"test": test, "trainable": trainable}
 
 
@@ -484,28 +471,12 @@ def read_rows(file: Path) -> list[dict]:
         die(f"{file} cannot be read: {error}")
 
 
-def table(records: list[dict], tasks: list[str]) -> str:
-    """Markdown, a row of the table per row of the protocol: mean and standard deviation over its seeds, in percent."""
-    columns = [*tasks, *(["mean"] if len(tasks) > 1 else [])]
-    lines = ["| " + " | ".join(["row", "trained parameters", "of encoder", *columns, "lr", "seconds"]) + " |"]
-    lines.append("|---" * (len(columns) + 5) + "|")
-    for row in dict.fromkeys(record["row"] for record in records):
-        same = [record for record in records if record["row"] == row]
-        cells = [row, f"{same[0]['trainable']:,}", f"{100 * same[0]['trainable'] / same[0]['encoder']:.0f} %"]
-        scores = [record["test"] | {"mean": statistics.mean(record["test"].values())} for record in same]
-        cells += [train.mean_std([100 * score[name] for score in scores], 1) for name in columns]
-        cells.append(", ".join(f"{lr:g}" for lr in sorted({lr for record in same for lr in record["lr"]})) or "-")
-        cells.append(f"{statistics.mean(record['seconds'] for record in same):.0f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def describe(records: list[dict]) -> str:
-    """The tables of these rows, one for each set of settings, with its heading."""
+    """A Markdown table for each set of settings, with its heading: percent, mean and deviation over the seeds."""
     results, tables = ("row", "seed", "val", "test", "lr", "trainable", "encoder", "seconds"), {}
     for record in records:  # the last one counts where a row was computed twice
         settings = json.dumps({name: value for name, value in record.items() if name not in results})
-        tables.setdefault(settings, {})[record["row"], record["seed"]] = record
+        tables.setdefault(settings, {}).setdefault(record["row"], {})[record["seed"]] = record
     text = []
     for settings, rows in tables.items():
         now = json.loads(settings)
@@ -513,7 +484,18 @@ def describe(records: list[dict]) -> str:
         text.append(f"{Path(now['data']).name}, {measure} on the test images in percent; {now['labels'] or 'all'} training "
                     f"labels, {now['steps']} steps of {now['batch_size']} images{', augmented' * now['augment']}, "
                     f"checkpoint {now['checkpoint']}")  # fmt: skip
-        text.append(table(list(rows.values()), now["tasks"]))
+        columns = [*now["tasks"], *(["mean"] if len(now["tasks"]) > 1 else [])]
+        lines = ["| " + " | ".join(["row", "trained parameters", "of encoder", *columns, "lr", "seconds"]) + " |"]
+        lines.append("|---" * (len(columns) + 5) + "|")
+        for row, seeds in rows.items():
+            same = list(seeds.values())
+            cells = [row, f"{same[0]['trainable']:,}", f"{100 * same[0]['trainable'] / same[0]['encoder']:.0f} %"]
+            scores = [record["test"] | {"mean": statistics.mean(record["test"].values())} for record in same]
+            cells += [train.mean_std([100 * score[name] for score in scores], 1) for name in columns]
+            cells.append(", ".join(f"{lr:g}" for lr in sorted({lr for record in same for lr in record["lr"]})) or "-")
+            cells.append(f"{statistics.mean(record['seconds'] for record in same):.0f}")
+            lines.append("| " + " | ".join(cells) + " |")
+        text.append("\n".join(lines))
     return "\n\n".join(text)
 
 
@@ -544,6 +526,12 @@ def main():
     settings["encoder"] = sum(p.numel() for p in model.encoder.parameters())
     train.make_folder(file.parent)
     known = read_rows(file)
+    try:
+        with file.open("a+") as lines:  # a last line that was cut off must not join the next one
+            lines.seek(max(lines.tell() - 1, 0))
+            lines.write("\n" * (lines.read(1) not in ("", "\n")))
+    except OSError as error:
+        die(f"cannot write {file}: {error}")
 
     records, cache, pooled, dense = [], {}, {}, "segment" in tasks
     for row in PROTOCOLS[args.protocol]:

@@ -214,10 +214,9 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     taps = torch.arange(-radius, radius + 1, device=images.device)
     weights = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
     weights = weights / weights.sum(dim=1, keepdim=True)
-    # matrix[b, s, p]: how much of pixel p is in blurred pixel s; applied to the rows, then to the columns
-    source = (torch.arange(size, device=images.device)[:, None] + taps).abs()  # pixel that each tap reads ...
-    source = torch.minimum(source, 2 * (size - 1) - source)  # ... reflected at both borders
-    matrix = torch.einsum("bt,stp->bsp", weights, F.one_hot(source, size).to(weights)).unsqueeze(1)
+    # reads[p, s, t]: does tap t of blurred pixel s read pixel p? matrix[b, s, p]: how much of pixel p is in s
+    reads = F.pad(torch.eye(size, device=images.device), (radius, radius), mode="reflect").unfold(1, 2 * radius + 1, 1)
+    matrix = torch.einsum("bt,pst->bsp", weights, reads).unsqueeze(1)  # applied to the rows, then to the columns
     return matrix @ images @ matrix.mT
 
 
@@ -382,20 +381,17 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-def init_weights(module: nn.Module):
-    """Linear layers Xavier-uniform, biases 0 (MAE).
+def init_weights(network: nn.Module):
+    """Linear layers Xavier-uniform, biases 0 (MAE); output projections of block i divided by sqrt(2 i) (I-JEPA).
 
     deviation: I-JEPA's normal 0.02 suits width 768. At width 128 it makes the patch embedding so small beside the
     positions that 80 % of the targets' variance is where a patch is, not what it shows, and training starts slowly.
     """
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
-def scale_output_projections(blocks: nn.Sequential):
-    """Divide each block's output projections by sqrt(2 * its number), so that the residual stream does not grow."""
-    for i, block in enumerate(blocks, start=1):
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for i, block in enumerate(network.blocks, start=1):  # so that the residual stream does not grow with depth
         block.proj.weight.data.div_(math.sqrt(2 * i))
         block.fc2.weight.data.div_(math.sqrt(2 * i))
 
@@ -410,8 +406,7 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(*[Block(config.width, config.heads) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.register_buffer("positions", sincos_positions(config.width, config.grid), persistent=False)
-        self.apply(init_weights)
-        scale_output_projections(self.blocks)
+        init_weights(self)
 
     def forward(self, images: Tensor, context: Tensor | None = None) -> Tensor:
         """context: [B, K] indices of the patches to see; None means all N of them, in order."""
@@ -447,14 +442,10 @@ class Predictor(nn.Module):
             self.action_weight = nn.Parameter(torch.randn(A, W))
             self.action_bias = nn.Parameter(torch.randn(A, W))
         if self.conditioning == "feature":  # three layers R^(W + A) -> R^W, the same for every mask token
-            first, second, last = nn.Linear(W + A, W), nn.Linear(W, W), nn.Linear(W, W)
-            self.mix = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
-        self.apply(init_weights)
-        scale_output_projections(self.blocks)
+            self.mix = nn.Sequential(nn.Linear(W + A, W), nn.ReLU(), nn.Linear(W, W), nn.ReLU(), nn.Linear(W, W))
+        init_weights(self)
 
-    def forward(
-        self, z: Tensor, context: Tensor, masked: Tensor, action: Tensor, extra: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, z: Tensor, context: Tensor, masked: Tensor, action: Tensor, extra=None) -> Tensor:
         """z: [B, K, D] latents of the context patches [B, K]; masked: [B, M] positions to imagine; action: [B, A];
         extra: [B, any, W] further input tokens, such as a task's. Returns the imagined latents, [B, M, D].
         """
@@ -470,7 +461,7 @@ class Predictor(nn.Module):
         x = self.blocks(x)[:, -masked.shape[1] :]  # of [extra, action, context, mask tokens] only the last, [B, M, W]
         return self.out(self.norm(x))
 
-    def everywhere(self, z: Tensor, action: Tensor, extra: Tensor | None = None) -> Tensor:
+    def everywhere(self, z: Tensor, action: Tensor, extra=None) -> Tensor:
         """Imagine all positions from the latents of all positions, z: [B, N, D] -> [B, N, D].
 
         deviation: in training a mask token never stands at a position that the encoder sees; here each of them does.
@@ -624,8 +615,9 @@ def knn_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tenso
     """Cosine kNN classifier, votes weighted by exp(similarity / 0.07) (DINO). Features [n, D], labels [n] int64."""
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     similarity, neighbours = (test @ train.T).topk(min(k, len(train)), dim=1)
-    votes = F.one_hot(labels[neighbours]) * (similarity / 0.07).exp().unsqueeze(2)
-    return (votes.sum(dim=1).argmax(dim=1) == test_labels).float().mean().item()
+    votes = test.new_zeros(len(test), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels[neighbours], (similarity / 0.07).exp())
+    return (votes.argmax(dim=1) == test_labels).float().mean().item()
 
 
 def linear_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, ridge: float = 1e-3) -> float:

@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
@@ -46,12 +46,9 @@ try:
 except ImportError:  # on Windows
     fcntl = resource = None
 try:
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.figure
 except ImportError:
-    plt = None
+    matplotlib = None
 
 import iwm
 from iwm import IDENTITY, IWM, JITTER, PRESETS, Config
@@ -224,6 +221,14 @@ def read_folder(folder: Path, size: int, classes: list[str], cache: Path) -> tup
     return images.view(n, 3, size, size), labels.clone().view(torch.int64)
 
 
+def download(name: str, dataset, *arguments):
+    """A torchvision dataset under ./data."""
+    try:
+        return dataset("data", *arguments, download=True)
+    except Exception as error:  # no network, a damaged archive, no write access
+        die(f"{name} is not in ./data and cannot be downloaded ({error}): try --data shapes")
+
+
 def load_data(config: Config, device, cache: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """{"train" | "val" | "test": (images [n, 3, S, S] uint8, labels [n] int64)}, on the device.
 
@@ -236,11 +241,7 @@ def load_data(config: Config, device, cache: Path) -> dict[str, tuple[Tensor, Te
             data[split] = made["images"], made["shape"]
     elif config.data in ("cifar10", "cifar100"):
         for split in ("train", "test"):
-            try:
-                dataset = getattr(torchvision.datasets, config.data.upper())
-                found = dataset("data", train=split == "train", download=True)
-            except Exception as error:  # no network, a damaged archive, no write access
-                die(f"{config.data} is not in ./data and cannot be downloaded ({error}): try --data shapes")
+            found = download(config.data, getattr(torchvision.datasets, config.data.upper()), split == "train")
             order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
             images = torch.from_numpy(found.data).permute(0, 3, 1, 2)[order]
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
@@ -297,9 +298,9 @@ def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: i
     with autocast(model.config, device):
         result = iwm.measure_world_model(model, to_float(images[:mrr_images], device), generator)
         result["target_std"] = model.targets(to_float(images[:500], device)).std(dim=(0, 1)).mean().item()
-        probe = pooled(train_images), train_labels, pooled(images), labels
-    result["rankme"] = iwm.rankme(probe[2])
-    probe = [part.to(device) for part in probe]
+        train_features, features = pooled(train_images), pooled(images)
+    result["rankme"] = iwm.rankme(features)
+    probe = [part.to(device) for part in (train_features, train_labels, features, labels)]
     return result | {"knn": iwm.knn_accuracy(*probe), "linear": iwm.linear_accuracy(*probe)}
 
 
@@ -311,8 +312,7 @@ def in_words(changes: Tensor, flags=()) -> str:
 
 
 def sheet(rows: list[list], path: Path, tile: int = 96):
-    """Draw rows of cells: an image [3, S, S] in 0..1, (image, frame colour), or text."""
-    font = ImageFont.load_default()
+    """Draw rows of cells: an image [3, S, S] in 0..1, (image, whether to frame it), or text."""
     columns = max(len(row) for row in rows)
     heights = [tile if any(not isinstance(cell, str) for cell in row) else 20 for row in rows]
     page = Image.new("RGB", (columns * (tile + 6) + 6, sum(heights) + 6 * len(rows) + 6), "white")
@@ -321,13 +321,13 @@ def sheet(rows: list[list], path: Path, tile: int = 96):
         for i, cell in enumerate(row):
             left = 6 + i * (tile + 6)
             if isinstance(cell, str):
-                draw.multiline_text((left, top + 4), cell, fill="black", font=font)
+                draw.multiline_text((left, top + 4), cell, fill="black")
                 continue
-            image, frame = cell if isinstance(cell, tuple) else (cell, None)
-            picture = TF.to_pil_image(image.float().clamp(0, 1).cpu())
+            image, framed = cell if isinstance(cell, tuple) else (cell, False)
+            picture = TF.to_pil_image(image.float().clamp(0, 1))
             page.paste(picture.resize((tile, tile), Image.Resampling.NEAREST), (left, top))
-            if frame:
-                draw.rectangle((left - 2, top - 2, left + tile + 1, top + tile + 1), outline=frame, width=3)
+            if framed:
+                draw.rectangle((left - 2, top - 2, left + tile + 1, top + tile + 1), outline="limegreen", width=3)
         top += height + 6
     write_whole(path, lambda aside: page.save(aside, format="PNG"))
 
@@ -358,27 +358,27 @@ def draw_retrieval(model: IWM, images: Tensor, path: Path):
         for image in images.split(1):
             params = iwm.jitter_params(config.bank, config, generator, image.device, always=True)
             pictures, bank, imagined = iwm.variants(model, image, params)
-            nearest = int(torch.cdist(imagined[:1].flatten(1), bank.flatten(1)).argmin())
+            nearest = int((bank - imagined[:1]).flatten(1).norm(dim=1).argmin())
             rank = iwm.ranks(imagined, bank)[0].item()
             words = in_words(params[0].cpu() - IDENTITY) + f"\n\nrank {rank:g} of {config.bank}"
-            cells.append([image[0], words, (pictures[nearest], "limegreen" if nearest == 0 else None), pictures[0]])
+            cells.append([image[0], words, (pictures[nearest], nearest == 0), pictures[0]])
         rows += [left + [""] + right for left, right in zip(cells[::2], cells[1::2])]
         sheet(rows[:4], path.with_name("strip.png"))
         for i, name in enumerate(JITTER):
             pictures, bank, imagined = iwm.variants(model, images[:1], iwm.sweep_params(i, config, n=8))
             neighbours = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).tolist()
             rows.append([f"{name}:\ntrue variants", *pictures])
-            found = [(pictures[j], "limegreen" if j == k else None) for k, j in enumerate(neighbours)]
+            found = [(pictures[j], j == k) for k, j in enumerate(neighbours)]
             rows.append(["nearest to the\nimagined ones", *found])
     sheet(rows, path)
 
 
 def draw_curves(metrics: list[dict], path: Path):
-    if plt is None:
+    if matplotlib is None:
         return
     panels = ["loss", "target_std", "rankme", "mrr chance", "knn linear", " ".join(f"error_{name}" for name in JITTER)]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for axis, panel in zip(axes.flat, panels):
+    figure = matplotlib.figure.Figure(figsize=(12, 6), layout="constrained")
+    for axis, panel in zip(figure.subplots(2, 3).flat, panels):
         for name in panel.split():
             points = [(m["images"], m[name]) for m in metrics if m[name] is not None]
             axis.plot(*zip(*points) if points else ([], []), marker=".", label=name)
@@ -386,7 +386,6 @@ def draw_curves(metrics: list[dict], path: Path):
         axis.set_xlabel("images seen")
         axis.legend()
     write_whole(path, lambda aside: figure.savefig(aside, dpi=80, format="png"))
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,20 +514,21 @@ def main():
     if args.resume and (args.out / "last.pt").exists():
         try:
             state = torch.load(args.out / "last.pt", map_location=device, weights_only=True)
+            assert state["config"] == asdict(config), "it has another configuration"
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            assert state["config"] == asdict(config), "it has another configuration"
             start, seconds, metrics, losses = (state[name] for name in ("step", "seconds", "metrics", "losses"))
+            del state
         except Exception as error:  # a damaged file can raise anything
-            die(f"{args.out / 'last.pt'} is not a checkpoint of this run: {type(error).__name__} {error!s:.100}")
+            die(
+                f"{args.out / 'last.pt'} is not a checkpoint of this run: {type(error).__name__} {' '.join(str(error).split()):.80}"
+            )
     if config.compile:
         for part in (model.encoder, model.teacher, model.predictor):
             part.compile()
     step_model = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
     def save(step):
-        if RANK > 0:
-            return
         state = {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                  "seconds": clock(), "metrics": metrics, "losses": losses}  # fmt: skip
         write_whole(args.out / "last.pt", lambda path: torch.save(state, path))
@@ -542,17 +542,15 @@ def main():
 
     def record(step):
         """Measure, append to the metrics, refresh the pictures, save."""
-        if RANK > 0:
-            return
         loss = torch.tensor(losses).mean().item() if losses else None
-        metrics.append({"step": step, "images": step * config.batch_size, "seconds": clock(), "loss": loss})
-        metrics[-1] |= measure(model, data, "val", min(config.mrr_images, 16), 4000)
-        metrics[-1]["memory_gib"] = peak_memory(device)
-        if not math.isfinite(metrics[-1]["rankme"]):
+        now = {"step": step, "images": step * config.batch_size, "seconds": clock(), "loss": loss}
+        now |= measure(model, data, "val", min(config.mrr_images, 16), 4000) | {"memory_gib": peak_memory(device)}
+        metrics.append(now)
+        if not math.isfinite(now["rankme"]):
             die(f"the latents are not finite at step {step}: lower --lr ({args.out}/last.pt is from before)")
-        if step and (metrics[-1]["rankme"] < 2 or metrics[-1]["target_std"] < 0.02):
-            tqdm.write(f"step {step}: RankMe {metrics[-1]['rankme']:.1f}, target std {metrics[-1]['target_std']:.3f}: the "
-                       "latents have collapsed. Stop (Ctrl-C), lower --lr or raise --ema", file=sys.stderr)  # fmt: skip
+        if step and (now["rankme"] < 2 or now["target_std"] < 0.02):
+            tqdm.write(f"step {step}: RankMe {now['rankme']:.1f}, target std {now['target_std']:.3f}: the latents have "
+                       "collapsed. Stop (Ctrl-C), lower --lr or raise --ema", file=sys.stderr)  # fmt: skip
         losses.clear()
         save(step)
         images = to_float(data["val"][0][:8], device)
@@ -566,11 +564,11 @@ def main():
     encoder, predictor = (sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor))
     print(f"{args.out}: encoder {encoder:,} and predictor {predictor:,} parameters, {len(train_images)} images, "
           f"{device}" + f" x {WORLD}" * (WORLD > 1))  # fmt: skip
-    if plt is None:
+    if matplotlib is None:
         print("no curves.png without matplotlib: pip install matplotlib")
     if start:
         print(f"going on at step {start} of {config.steps}")
-    if not metrics:
+    if RANK == 0 and not metrics:
         record(0)
     generator, B = torch.Generator(device), config.batch_size
     bar = tqdm(total=config.steps * B, initial=start * B, unit=" images", unit_scale=True, disable=RANK > 0)
@@ -606,21 +604,24 @@ def main():
                 die(
                     f"the loss is {losses[-1]} at step {done}, lr {lr:.2g}: lower --lr ({args.out}/last.pt is from before)"
                 )
+            stop = max(stopped, default=0)
             if WORLD > 1:  # stop together or not at all
-                signals = torch.tensor(max(stopped, default=0), device=device)
+                signals = torch.tensor(stop, device=device)
                 dist.all_reduce(signals, dist.ReduceOp.MAX)
-                stopped = [signals.item()] if signals else []
-            if measuring:
+                stop = int(signals)
+            if RANK == 0 and measuring:
                 record(done)
-            elif stopped or time.monotonic() - saved > 120:
+            elif RANK == 0 and (stop or time.monotonic() - saved > 120):
                 save(done)
                 saved = time.monotonic()
-            if stopped:
+            if stop:
                 bar.close()
                 launcher = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
                 print(f"stopped and saved at step {done}. Go on with: {launcher} train.py --out '{args.out}' --resume")
-                sys.exit(128 + stopped[0])
+                sys.exit(128 + stop)
     bar.close()
+    for number in (signal.SIGINT, signal.SIGTERM):  # everything is saved: from here on a signal just ends
+        signal.signal(number, signal.SIG_DFL)
     if RANK == 0:
         report(model, data, config, args.out, clock())
     if WORLD > 1:
@@ -643,20 +644,18 @@ def table(paths: list[Path]) -> str:
             continue
         try:
             result = json.loads(file.read_text())
-            config, seed = Config(**result["config"]), result["config"]["seed"]
+            config = Config(**result["config"])
             found = [factor * result[who][key] for key, (_, factor) in keys.items() for who in ("trained", "random")]
         except (OSError, ValueError, TypeError, KeyError) as error:
             die(f"{file} is no result.json of a finished run: {type(error).__name__} {error!s:.100}")
-        flags = {preset: [f"--{f.name.replace('_', '-')} {getattr(config, f.name)}" for f in fields(Config)
-                          if f.name not in ("seed", "data", "measurements", "mrr_images") and getattr(config, f.name) != getattr(base, f.name)]
-                 for preset, base in PRESETS.items()}  # fmt: skip
-        nearest = min(PRESETS, key=lambda preset: len(flags[preset]))  # named after the preset that it is nearest to
-        row = (
-            Path(config.data).name,
-            " ".join(["--preset", nearest, *flags[nearest]]),
-            f"{iwm.chance(config.bank):.4f}",
-        )
-        rows.setdefault(row, {})[seed] = [*found, result["seconds"] / 60]
+        settings = {n: v for n, v in asdict(config).items() if n not in ("seed", "data", "measurements", "mrr_images")}
+        names = []  # of this run, as flags on top of each preset; the shortest counts
+        for preset, base in PRESETS.items():
+            changed = {n.replace("_", "-"): v for n, v in settings.items() if v != getattr(base, n)}
+            flags = [f"--{'no-' * (v is False)}{n}" + f" {v}" * (not isinstance(v, bool)) for n, v in changed.items()]
+            names.append(["--preset", preset, *flags])
+        row = Path(config.data).name, " ".join(min(names, key=len)), f"{iwm.chance(config.bank):.4f}"
+        rows.setdefault(row, {})[config.seed] = [*found, result["seconds"] / 60]
 
     if not rows:
         die("--table found no finished run")
