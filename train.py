@@ -649,7 +649,7 @@ def table(paths: list[Path]) -> str:
         except (OSError, ValueError, TypeError, KeyError) as error:
             die(f"{file} is no result.json of a finished run: {type(error).__name__} {error!s:.100}")
         settings = {n: v for n, v in asdict(config).items() if n not in ("seed", "data", "measurements", "mrr_images")}
-        names = []  # of this run, as flags on top of each preset; the shortest counts
+        names: list[list[str]] = []  # of this run, as flags on top of each preset; the shortest counts
         for preset, base in PRESETS.items():
             changed = {n.replace("_", "-"): v for n, v in settings.items() if v != getattr(base, n)}
             flags = [f"--{'no-' * (v is False)}{n}" + f" {v}" * (not isinstance(v, bool)) for n, v in changed.items()]
