@@ -649,12 +649,13 @@ def table(paths: list[Path]) -> str:
         except (OSError, ValueError, TypeError, KeyError) as error:
             die(f"{file} is no result.json of a finished run: {type(error).__name__} {error!s:.100}")
         settings = {n: v for n, v in asdict(config).items() if n not in ("seed", "data", "measurements", "mrr_images")}
-        names: list[list[str]] = []  # of this run, as flags on top of each preset; the shortest counts
+        names = []  # of this run, as flags on top of each preset
         for preset, base in PRESETS.items():
             changed = {n.replace("_", "-"): v for n, v in settings.items() if v != getattr(base, n)}
             flags = [f"--{'no-' * (v is False)}{n}" + f" {v}" * (not isinstance(v, bool)) for n, v in changed.items()]
             names.append(["--preset", preset, *flags])
-        row = Path(config.data).name, " ".join(min(names, key=len)), f"{iwm.chance(config.bank):.4f}"
+        shortest = min(names, key=len)
+        row = Path(config.data).name, " ".join(shortest), f"{iwm.chance(config.bank):.4f}"
         rows.setdefault(row, {})[config.seed] = [*found, result["seconds"] / 60]
 
     if not rows:
