@@ -571,7 +571,8 @@ def main():
     if RANK == 0 and not metrics:
         record(0)
     generator, B = torch.Generator(device), config.batch_size
-    bar = tqdm(total=config.steps * B, initial=start * B, unit=" images", unit_scale=True, disable=RANK > 0)
+    bar = tqdm(total=config.steps * B, initial=start * B, unit=" images", unit_scale=True, disable=RANK > 0,
+               mininterval=0.1 if sys.stderr.isatty() else 30)  # seconds; a log file needs fewer lines  # fmt: skip
     running, saved = [], time.monotonic()
     for step in range(start, config.steps):
         # everything random in a step follows from (seed, step), so a resumed run repeats what it would have been
