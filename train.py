@@ -600,7 +600,7 @@ def main():
         if len(running) == 20 or measuring or (stopped and WORLD == 1):  # the host reads from the device only here
             losses += torch.stack(running).tolist()
             running.clear()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", mrr=f"{metrics[-1]['mrr']:.3f}" if metrics else "")
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", mrr=f"{metrics[-1]['mrr']:.3f}" if metrics else "", refresh=False)
             if not math.isfinite(losses[-1]):
                 die(
                     f"the loss is {losses[-1]} at step {done}, lr {lr:.2g}: lower --lr ({args.out}/last.pt is from before)"

@@ -58,7 +58,7 @@ def conditioning(found):
     for axis, title in ((left, "20,000 steps, one seed, 16 held-out images"), (right, "2,000 steps, 64 test images")):
         axis.axhline(CHANCE, color="gray", linestyle=":")
         axis.set(ylabel="MRR", ylim=(0, None), title=title)
-    right.text(2, CHANCE + 0.01, "chance", color="gray", ha="center")
+    right.text(1, CHANCE + 0.01, "chance", color="gray", ha="center")
     left.set_xlabel("step")
     left.legend(frameon=False)
     save(figure, "conditioning.png")
@@ -90,10 +90,13 @@ def finetuning():
     figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
     names = ("attentive", "random predictor", "learned predictor", "encoder", "end-to-end")
     models = {"ijepa": "I-JEPA", "strength1": "world model, strength 1", "feature": "world model, strength 2"}
+    print(f"| 20,000 steps of | MRR | {' | '.join(names)} |\n{'|---' * 7}|")
     for i, (model, label) in enumerate(models.items()):
         rows = read_rows(HERE / "results" / f"cifar-{model}.finetune.jsonl")
         scores = [[100 * row["test"]["classify"] for row in rows if row["row"] == name] for name in names]
         means, spreads = [statistics.mean(s) for s in scores], [statistics.stdev(s) for s in scores]
+        mrr = json.loads((HERE / "results" / f"cifar-{model}.result.json").read_text())["trained"]["mrr"]
+        print(f"| {label} | {mrr:.3f} | {' | '.join(mean_std(s, 1) for s in scores)} |")
         axis.errorbar([x + 0.15 * (i - 1) for x in range(5)], means, spreads, fmt="o", capsize=3, label=label)
     sizes = {row["row"]: row["trainable"] / 1e6 for row in rows}
     axis.set_xticks(range(5), [f"{name}\n{sizes[name]:.2f} M" for name in names])
