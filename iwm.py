@@ -381,7 +381,7 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-def init_weights(network: nn.Module):
+def init_weights(network: "ViT | Predictor"):
     """Linear layers Xavier-uniform, biases 0 (MAE); output projections of block i divided by sqrt(2 i) (I-JEPA).
 
     deviation: I-JEPA's normal 0.02 suits width 768. At width 128 it makes the patch embedding so small beside the
