@@ -459,7 +459,7 @@ def load_checkpoint(path: Path, device) -> IWM:
         model.load_state_dict(state["model"])
         return model.requires_grad_(False)
     except Exception as error:  # a damaged or foreign file can raise anything
-        die(f"{path} is not a checkpoint of train.py: {type(error).__name__} {' '.join(str(error).split()):.80}")
+        die(f"{path} is not a checkpoint of train.py: {train.brief(error)}")
 
 
 def read_rows(file: Path) -> list[dict]:
@@ -469,6 +469,18 @@ def read_rows(file: Path) -> list[dict]:
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
     except (OSError, ValueError) as error:
         die(f"{file} cannot be read: {error}")
+
+
+def append(file: Path, text: str):
+    """Add text on a line of its own, even if the last line was cut off."""
+    try:
+        with file.open("a+") as lines:
+            lines.seek(max(lines.tell() - 1, 0))
+            if lines.read(1) not in ("", "\n"):
+                lines.write("\n")
+            lines.write(text)
+    except OSError as error:
+        die(f"cannot write {file}: {error}")
 
 
 def describe(records: list[dict]) -> str:
@@ -526,12 +538,7 @@ def main():
     settings["encoder"] = sum(p.numel() for p in model.encoder.parameters())
     train.make_folder(file.parent)
     known = read_rows(file)
-    try:
-        with file.open("a+") as lines:  # a last line that was cut off must not join the next one
-            lines.seek(max(lines.tell() - 1, 0))
-            lines.write("\n" * (lines.read(1) not in ("", "\n")))
-    except OSError as error:
-        die(f"cannot write {file}: {error}")
+    append(file, "")  # can it be written?
 
     records, cache, pooled, dense = [], {}, {}, "segment" in tasks
     for row in PROTOCOLS[args.protocol]:
@@ -555,11 +562,7 @@ def main():
             record["trainable"] = sum(part["trainable"] for part in parts)
             record["seconds"] = round(time.monotonic() - started, 1)
             records.append(record)
-            try:
-                with file.open("a") as out:
-                    out.write(json.dumps(record) + "\n")
-            except OSError as error:
-                die(f"cannot write {file}: {error}")
+            append(file, json.dumps(record) + "\n")
             scores = ", ".join(f"{k} {100 * v:.1f}" for k, v in record["val"].items())
             tqdm.write(f"{name}, seed {seed}: {scores} % on held-out images, {record['seconds']:.0f} s")
     print("\n" + describe(records))

@@ -1121,6 +1121,13 @@ class TestFinetune:
         holes = truth.masked_fill(torch.rand(truth.shape, generator=seeded()) < 0.3, finetune.VOID)
         assert finetune.mean_iou(truth, holes, 4) == 1, "pixels without a class must not count"
 
+    def test_a_row_that_was_cut_off_spoils_no_other(self, tmp_path):
+        file = tmp_path / "finetune.jsonl"
+        file.write_text('{"row": 1}\n{"row": 2, "sc')
+        finetune.append(file, '{"row": 3}\n')
+        finetune.append(file, '{"row": 4}\n')
+        assert [row["row"] for row in finetune.read_rows(file)] == [1, 3, 4]
+
     def test_finetuning_prints_a_table_keeps_its_rows_and_resumes(self, checkpoint, monkeypatch, capsys):
         flags = [checkpoint, "--steps", 2, "--batch-size", 16, "--seeds", 2, "--device", "cpu"]
         code, out = call(finetune, monkeypatch, capsys, *flags)

@@ -63,6 +63,11 @@ def die(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def brief(error: BaseException) -> str:
+    """The kind of an error and the start of what it says, on one line."""
+    return f"{type(error).__name__} {' '.join(str(error).split()):.80}"
+
+
 def make_folder(path: Path):
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -448,7 +453,7 @@ def choose_device(name: str | None) -> torch.device:
         torch.zeros(1).to(name).tolist()
         return torch.device(name)
     except Exception as error:  # each backend fails in its own way
-        die(f"device {name} cannot be used: {error!s:.100}; choose cuda, mps or cpu")
+        die(f"device {name} cannot be used: {brief(error)}; choose cuda, mps or cpu")
 
 
 def schedule(step: int, config: Config) -> tuple[float, float, float]:
@@ -520,9 +525,7 @@ def main():
             start, seconds, metrics, losses = (state[name] for name in ("step", "seconds", "metrics", "losses"))
             del state
         except Exception as error:  # a damaged file can raise anything
-            die(
-                f"{args.out / 'last.pt'} is not a checkpoint of this run: {type(error).__name__} {' '.join(str(error).split()):.80}"
-            )
+            die(f"{args.out / 'last.pt'} is not a checkpoint of this run: {brief(error)}")
     if config.compile:
         for part in (model.encoder, model.teacher, model.predictor):
             part.compile()
@@ -648,13 +651,17 @@ def table(paths: list[Path]) -> str:
             config = Config(**result["config"])
             found = [factor * result[who][key] for key, (_, factor) in keys.items() for who in ("trained", "random")]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            die(f"{file} is no result.json of a finished run: {type(error).__name__} {error!s:.100}")
+            die(f"{file} is no result.json of a finished run: {brief(error)}")
         settings = {n: v for n, v in asdict(config).items() if n not in ("seed", "data", "measurements", "mrr_images")}
         names = []  # of this run, as flags on top of each preset
         for preset, base in PRESETS.items():
-            changed = {n.replace("_", "-"): v for n, v in settings.items() if v != getattr(base, n)}
-            flags = [f"--{'no-' * (v is False)}{n}" + f" {v}" * (not isinstance(v, bool)) for n, v in changed.items()]
-            names.append(["--preset", preset, *flags])
+            flags = ["--preset", preset]
+            for name, value in settings.items():
+                if value != getattr(base, name):
+                    flag = name.replace("_", "-")
+                    switch = {True: f"--{flag}", False: f"--no-{flag}"}
+                    flags.append(switch[value] if isinstance(value, bool) else f"--{flag} {value}")
+            names.append(flags)
         shortest = min(names, key=len)
         row = Path(config.data).name, " ".join(shortest), f"{iwm.chance(config.bank):.4f}"
         rows.setdefault(row, {})[config.seed] = [*found, result["seconds"] / 60]

@@ -61,6 +61,8 @@ def draw(model, decode, images, path):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        train.die("name one checkpoint, such as runs/shapes/last.pt")
     path = Path(sys.argv[1])
     model = finetune.load_checkpoint(path, "cpu")
     data = train.load_data(model.config, torch.device("cpu"), path.parent.parent / "cache")
