@@ -167,13 +167,13 @@ PRESETS = {
 
 def grayscale(images: Tensor) -> Tensor:
     """Luma (ITU-R 601-2) of RGB images in 0..1. [B, 3, S, S] -> [B, 1, S, S]."""
-    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device)
-    return (images * weights.view(3, 1, 1)).sum(dim=1, keepdim=True)
+    r, g, b = images.unbind(dim=1)
+    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
 
 
 def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """factor * images + (1 - factor) * other, kept in 0..1. factor: [B, 1, 1, 1]."""
-    return torch.lerp(other, images, factor).clamp(0, 1)
+    return torch.lerp(other, images, factor).clamp_(0, 1)
 
 
 def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
@@ -186,8 +186,8 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
     # HSV -> RGB in closed form: each channel falls from `value` by up to `chroma`, as far as the hue is from its colour
     offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)
-    k = (offsets + (hue + 6 * turns).unsqueeze(1)) % 6
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = (offsets + (hue + 6 * turns).unsqueeze(1)).remainder_(6)
+    return value.unsqueeze(1) - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma.unsqueeze(1))
 
 
 def jitter(images: Tensor, params: Tensor) -> Tensor:
@@ -197,8 +197,9 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
     shift in turns. Returns [B, 3, S, S] in 0..1. Each operation equals torchvision.transforms.v2.functional's.
     deviation: the order is fixed; a shuffled one could not be described by four numbers.
     """
+    # operations that end in _ write into a result that is ours already: on a CPU new memory costs more than arithmetic
     brightness, contrast, saturation, hue = params[:, :, None, None, None].unbind(dim=1)
-    images = (images * brightness).clamp(0, 1)
+    images = (images * brightness).clamp_(0, 1)
     images = blend(images, grayscale(images).mean(dim=(1, 2, 3), keepdim=True), contrast)
     images = blend(images, grayscale(images), saturation)
     return shift_hue(images, hue.squeeze(1))
