@@ -445,6 +445,25 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     return config, args
 
 
+def open_run(out: Path, config: Config):
+    """Make the run folder and write its configuration. -> a file whose lock keeps other processes out while it is open"""
+    make_folder(out)
+    stored = out / "config.json"
+    if not stored.exists():
+        write_whole(stored, lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
+    if not os.access(stored, os.W_OK):
+        die(f"cannot write {stored}")
+    lock = stored.open("a")
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        die(f"another process is at work in {out}: wait for it, or choose another --out")
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
 def choose_device(name: str | None) -> torch.device:
     if WORLD > 1 and torch.cuda.is_available() and name in (None, "cuda"):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -501,21 +520,7 @@ def main():
     model = IWM(config).to(device)
     optimizer = make_optimizer(model, config)
     start, seconds, metrics, losses = 0, 0.0, [], []
-    make_folder(args.out)
-    if RANK == 0:
-        stored = args.out / "config.json"
-        if not stored.exists():
-            write_whole(stored, lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
-        if not os.access(stored, os.W_OK):
-            die(f"cannot write {stored}")
-        lock = stored.open("a")  # stays locked until this process ends, in whatever way
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            die(f"another process is at work in {args.out}: wait for it, or choose another --out")
-        except OSError:
-            pass  # a file system without locks
+    lock = open_run(args.out, config) if RANK == 0 else None
     if args.resume and (args.out / "last.pt").exists():
         try:
             state = torch.load(args.out / "last.pt", map_location=device, weights_only=True)
@@ -628,6 +633,7 @@ def main():
         signal.signal(number, signal.SIG_DFL)
     if RANK == 0:
         report(model, data, config, args.out, clock())
+        lock.close()
     if WORLD > 1:
         dist.destroy_process_group()
 
