@@ -23,6 +23,7 @@ teacher) and is trained:
     attentive, random init   frozen, random  -           attentive
     linear, encoder | predictor | K imagined: the student's latents; the predictor's under the null action; the mean of K
     imagined variants. With several tasks: one network for all ("shared") or one for each task ("one each").
+    With --task segment a linear layer per patch, upsampled, is the head, and "attentive" reads "linear per patch".
 
 The predictor gets the latents of the clean image, a mask token at every position and the null action: it predicts the
 whole, untransformed image. Everything learned is trained at a tenth of the lr of everything random.
@@ -411,7 +412,7 @@ def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int, poo
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="last.pt of a run of train.py; a finetune.jsonl: print its tables")
+    add("checkpoint", type=Path, help="last.pt of a run of train.py or its folder; a finetune.jsonl: print its tables")
     add("--protocol", choices=PROTOCOLS, default="predictor", help="which rows (default: predictor and its controls)")
     add("--task", default="classify", help="classify | segment | a list: factors of shapes (shape,colour,texture,"
         "background), data sets (cifar10,cifar100) or folders. factors takes all four factors by itself")  # fmt: skip
@@ -429,8 +430,10 @@ def parse(argv=None) -> argparse.Namespace:
     add("--out", type=Path, help="folder of finetune.jsonl (default: the checkpoint's)")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     add("--resume", action="store_true", help="skip the rows that finetune.jsonl has from the same settings")
-    parser.error = die  # one line instead of the list of all flags
+    parser.error = lambda message: die(f"{message}; see --help")  # one line instead of the list of all flags
     args = parser.parse_args(argv)
+    if args.checkpoint.is_dir():
+        args.checkpoint /= "last.pt"
     args.tasks = list(FACTORS if args.protocol == "factors" and args.task == "classify" else args.task.split(","))
     try:
         args.lr = [float(lr) for lr in args.lr.split(",")] if args.lr else []
@@ -493,9 +496,16 @@ def describe(records: list[dict]) -> str:
     for settings, rows in tables.items():
         now = json.loads(settings)
         measure = "mIoU" if now["tasks"] == ["segment"] else "accuracy"
-        text.append(f"{Path(now['data']).name}, {measure} on the test images in percent; {now['labels'] or 'all'} training "
-                    f"labels, {now['steps']} steps of {now['batch_size']} images{', augmented' * now['augment']}, "
-                    f"checkpoint {now['checkpoint']}")  # fmt: skip
+        how = [
+            f"{Path(now['data']).name}, {measure} on the test images in percent; {now['labels'] or 'all'} training labels"
+        ]
+        if any(record["lr"] for seeds in rows.values() for record in seeds.values()):  # some row is trained
+            how.append(f"{now['steps']} steps of {now['batch_size']} images{', augmented' * now['augment']}")
+        if now["lrs"]:
+            how.append(f"lr of {' or '.join(f'{lr:g}' for lr in now['lrs'])}")
+        usual = {"learned_lr": 0.1, "weight_decay": 0.05}
+        how += [f"{name} {now[name]:g}" for name, value in usual.items() if now[name] != value]
+        text.append(", ".join([*how, f"checkpoint {now['checkpoint']}"]))
         columns = [*now["tasks"], *(["mean"] if len(now["tasks"]) > 1 else [])]
         lines = ["| " + " | ".join(["row", "trained parameters", "of encoder", *columns, "lr", "seconds"]) + " |"]
         lines.append("|---" * (len(columns) + 5) + "|")

@@ -75,7 +75,7 @@ class Config:
     blocks: int = setting(4, "rectangles whose union is masked", 1)
     block_min: float = setting(0.15, "smallest area of a rectangle, as a share of the image", 1e-3, 0.99)
     block_max: float = setting(0.20, "largest area of a rectangle, as a share of the image", 1e-3, 0.99)
-    context: float = setting(0.56, "share of the patches that the encoder sees, the rest is masked", 1e-3, 0.999)
+    context: float = setting(0.56, "share of patches the encoder sees; far from 0.56 fit the blocks too", 1e-3, 0.999)
     # encoder
     patch: int = setting(4, "side of a patch, in pixels", 1)
     width: int = setting(128, "width D of the encoder", 1)

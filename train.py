@@ -411,7 +411,7 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         explained = f"{f.metadata['help']} (default of preset shapes: {f.default})"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=explained, **kind)
-    parser.error = die  # one line instead of the list of all flags
+    parser.error = lambda message: die(f"{message}; see --help")  # one line instead of the list of all flags
     args = parser.parse_args(argv)
     if args.out == Path():
         die("--out is the current folder: name a folder of its own")
@@ -650,7 +650,8 @@ def table(paths: list[Path]) -> str:
     for path in paths:
         file = path / "result.json" if path.is_dir() else path
         if path.is_dir() and not file.exists():
-            print(f"{path} is no finished run: left out", file=sys.stderr)
+            if (path / "config.json").exists():
+                print(f"{path} is no finished run: left out", file=sys.stderr)
             continue
         try:
             result = json.loads(file.read_text())

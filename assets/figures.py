@@ -124,19 +124,29 @@ def spectrum(found):
         ("learned predictor", "predictor finetuning"),
     )
     measures = [m for m in measures if sum(m[0] in run for seeds in found.values() for run in seeds.values()) > 2]
-    figure, axes = plt.subplots(1, len(measures), figsize=(4 * len(measures), 3.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(measures), figsize=(4 * len(measures) + 2, 3.8), layout="constrained", squeeze=False
+    )
     axes = axes[0]
     for axis, (key, label) in zip(axes, measures):
         everything = []
         for i, (name, seeds) in enumerate(found.items()):
             points = [(run["mrr"], run[key]) for run in seeds.values() if key in run]
             everything += points
-            axis.plot(*zip(*points) if points else ([], []), "o", color=f"C{i}", label=name)
+            parts = {"x1": "strength 1", "sequence": "sequence", "jitter": "jitter only", "shallow": "2 blocks"}
+            words = [word for part, word in parts.items() if part in name]
+            words = words if "x1" in name else ["strength 2", *words]
+            axis.plot(*zip(*points) if points else ([], []), "o", color=f"C{i}", label=", ".join(words))
         title = correlation(*zip(*everything))
         print(f"{label} against MRR: {title}")
+        for strength, same in ((1, True), (2, False)):  # the first have names in x1
+            inside = [seeds for name, seeds in found.items() if name.startswith("x1") is same]
+            points = [(run["mrr"], run[key]) for seeds in inside for run in seeds.values() if key in run]
+            if len(points) > 3:
+                print(f"    within strength {strength}: {correlation(*zip(*points))}")
         axis.set(xlabel="MRR", ylabel=f"{label}, %", title=title)
         axis.title.set_fontsize(10)
-    axes[0].legend(frameon=False, fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     save(figure, "spectrum.png")
 
 
