@@ -888,6 +888,7 @@ class TestTrain:
             ("d", {}, 0),
         ):
             (tmp_path / name).mkdir()
+            (tmp_path / name / "config.json").write_text("{}")
             if mrr:
                 found = {key: mrr for key in ("mrr", "hit1", "knn", "linear")}
                 result = {"config": asdict(iwm.Config(**changes)), "trained": found, "random": found, "seconds": 60}
@@ -897,6 +898,8 @@ class TestTrain:
         assert not code and len(lines) == 2 and f"{tmp_path / 'd'} is no finished run" in out
         assert "| --preset shapes | 0.0239 | 2 | 0.300 ± 0.141 |" in lines[0] and "30.0 ± 14.1" in lines[0]
         assert "--pred-depth 2 | 0.0239 | 1 | 0.100 |" in lines[1]
+        code, out = call(train, monkeypatch, capsys, "--preset", "cifar", "--table", tmp_path / "a")
+        assert not code and "| --preset cifar " in out and "--steps 2400 " in out
         (tmp_path / "d" / "result.json").write_text("{}")
         code, out = call(train, monkeypatch, capsys, "--table", tmp_path / "d")
         assert code == 2 and "result.json" in out

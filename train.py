@@ -405,7 +405,8 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ from it)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out (start it if there is none)")
-    parser.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="print a table of finished runs, and stop")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="print a table of finished runs and stop; "
+                        "with --preset they are named by their flags on top of it")  # fmt: skip
     for f in fields(Config):
         flag = "--" + f.name.replace("_", "-")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
@@ -416,7 +417,7 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     if args.out == Path():
         die("--out is the current folder: name a folder of its own")
     if args.table:
-        print(table(args.table))
+        print(table(args.table, [args.preset] if args.preset else list(PRESETS)))
         sys.exit()
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     data = given.get("data", "shapes")
@@ -644,8 +645,11 @@ def mean_std(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def table(paths: list[Path]) -> str:
-    """Markdown of finished runs (folders, or copies of their result.json). Runs that differ by their seed share a row."""
+def table(paths: list[Path], presets: Sequence[str] = tuple(PRESETS)) -> str:
+    """Markdown of finished runs (folders, or copies of their result.json). Runs that differ by their seed share a row.
+
+    A run is named by its flags on top of one of the presets, the one that leaves the fewest.
+    """
     rows, keys = {}, {"mrr": ("MRR", 1), "hit1": ("H@1", 1), "knn": ("kNN %", 100), "linear": ("linear %", 100)}
     for path in paths:
         file = path / "result.json" if path.is_dir() else path
@@ -661,10 +665,10 @@ def table(paths: list[Path]) -> str:
             die(f"{file} is no result.json of a finished run: {brief(error)}")
         settings = {n: v for n, v in asdict(config).items() if n not in ("seed", "data", "measurements", "mrr_images")}
         names = []  # of this run, as flags on top of each preset
-        for preset, base in PRESETS.items():
+        for preset in presets:
             flags = ["--preset", preset]
             for name, value in settings.items():
-                if value != getattr(base, name):
+                if value != getattr(PRESETS[preset], name):
                     flag = name.replace("_", "-")
                     switch = {True: f"--{flag}", False: f"--no-{flag}"}
                     flags.append(switch[value] if isinstance(value, bool) else f"--{flag} {value}")
