@@ -46,8 +46,9 @@ def save(figure, name: str):
 def conditioning(found):
     """MRR over training (the long runs, one seed) and at the end of short runs (each seed a point)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(2, 1))
-    long = (("feature", "feature", "C0-"), ("sequence", "sequence", "C1-"),
-            ("strength1", "feature, strength 1", "C0--"), ("ijepa", "I-JEPA", "C2-"))  # fmt: skip
+    long = (("colour", "feature, colour x 3 (the preset)", "C3-"), ("feature", "feature, strength 2", "C0-"),
+            ("strength1", "feature, strength 1", "C0--"), ("sequence", "sequence, strength 2", "C1-"),
+            ("ijepa", "I-JEPA", "C2-"))  # fmt: skip
     for name, label, style in long:
         points = [(m["step"], m["mrr"]) for m in read_rows(HERE / "results" / f"cifar-{name}.metrics.jsonl")]
         left.plot(*zip(*points), style, marker=".", label=label)
