@@ -76,6 +76,7 @@ PROTOCOLS = {  # which rows, trained (above) or in closed form ("knn" or "linear
     "average": ["linear, teacher", "linear, predictor", *(f"linear, {k} imagined" for k in (1, 8, 32))],
     "factors": ["linear, random init", "linear, encoder", "linear, teacher", "linear, predictor"],
 }
+USUAL = {"learned_lr": 0.1, "weight_decay": 0.05}  # defaults that a table names only where they were changed
 VOID = 255  # pixels of a mask that have no class
 FACTORS = ("shape", "colour", "texture", "background")  # the labels of shapes
 
@@ -424,8 +425,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="images a step, shared among the tasks")
     add("--lr", help="of random weights (default: each row's own); from a list, 1e-3,3e-3, a row takes the best on "
         "held-out images")  # fmt: skip
-    add("--learned-lr", type=float, default=0.1, help="the lr of learned weights, as a share of --lr")
-    add("--weight-decay", type=float, default=0.05, help="of AdamW")
+    add("--learned-lr", type=float, default=USUAL["learned_lr"], help="the lr of learned weights, as a share of --lr")
+    add("--weight-decay", type=float, default=USUAL["weight_decay"], help="of AdamW")
     add("--augment", action="store_true", help="random crops and flips; frozen latents are then computed at every step")
     add("--out", type=Path, help="folder of finetune.jsonl (default: the checkpoint's)")
     add("--device", help="cuda, mps or cpu (default: the first of them that is there)")
@@ -503,8 +504,7 @@ def describe(records: list[dict]) -> str:
             how.append(f"{now['steps']} steps of {now['batch_size']} images{', augmented' * now['augment']}")
         if now["lrs"]:
             how.append(f"lr of {' or '.join(f'{lr:g}' for lr in now['lrs'])}")
-        usual = {"learned_lr": 0.1, "weight_decay": 0.05}
-        how += [f"{name} {now[name]:g}" for name, value in usual.items() if now[name] != value]
+        how += [f"{name} {now[name]:g}" for name, value in USUAL.items() if now[name] != value]
         text.append(", ".join([*how, f"checkpoint {now['checkpoint']}"]))
         columns = [*now["tasks"], *(["mean"] if len(now["tasks"]) > 1 else [])]
         lines = ["| " + " | ".join(["row", "trained parameters", "of encoder", *columns, "lr", "seconds"]) + " |"]

@@ -417,7 +417,7 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     if args.out == Path():
         die("--out is the current folder: name a folder of its own")
     if args.table:
-        print(table(args.table, [args.preset] if args.preset else list(PRESETS)))
+        print(table(args.table, [args.preset] if args.preset else [*PRESETS]))
         sys.exit()
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     data = given.get("data", "shapes")
@@ -645,7 +645,7 @@ def mean_std(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def table(paths: list[Path], presets: Sequence[str] = tuple(PRESETS)) -> str:
+def table(paths: list[Path], presets: list[str]) -> str:
     """Markdown of finished runs (folders, or copies of their result.json). Runs that differ by their seed share a row.
 
     A run is named by its flags on top of one of the presets, the one that leaves the fewest.

@@ -129,12 +129,12 @@ def spectrum(found):
         1, len(measures), figsize=(4 * len(measures) + 2, 3.8), layout="constrained", squeeze=False
     )
     axes = axes[0]
+    parts = {"x1": "strength 1", "sequence": "sequence", "jitter": "jitter only", "shallow": "2 blocks"}  # of a name
     for axis, (key, label) in zip(axes, measures):
         everything = []
         for i, (name, seeds) in enumerate(found.items()):
             points = [(run["mrr"], run[key]) for run in seeds.values() if key in run]
             everything += points
-            parts = {"x1": "strength 1", "sequence": "sequence", "jitter": "jitter only", "shallow": "2 blocks"}
             words = [word for part, word in parts.items() if part in name]
             words = words if "x1" in name else ["strength 2", *words]
             axis.plot(*zip(*points) if points else ([], []), "o", color=f"C{i}", label=", ".join(words))
