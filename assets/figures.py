@@ -61,7 +61,7 @@ def conditioning(found):
         axis.set(ylabel="MRR", ylim=(0, None), title=title)
     right.text(1, CHANCE + 0.01, "chance", color="gray", ha="center")
     left.set_xlabel("step")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.06))
     save(figure, "conditioning.png")
 
 
