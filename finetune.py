@@ -534,6 +534,7 @@ def main():
         return
     if train.WORLD > 1:
         die("finetune.py runs on one device: start it without torchrun")
+    train.keep_memory()
     device = train.choose_device(args.device)
     model = load_checkpoint(args.checkpoint, device)
     config = model.config = replace(model.config, data=args.data or model.config.data, batch_size=1)

@@ -187,9 +187,11 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     c = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
     # HSV -> RGB in closed form: each channel falls from `value` by up to `chroma`, as far as the hue is from its colour
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)
-    k = (offsets + (hue + 6 * turns).unsqueeze(1)).remainder_(6)
-    return value.unsqueeze(1) - torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma.unsqueeze(1))
+    hue, channels = hue + 6 * turns, []
+    for offset in (5, 3, 1):  # red, green, blue
+        k = (hue + offset) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, dim=1)
 
 
 def jitter(images: Tensor, params: Tensor) -> Tensor:

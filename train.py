@@ -14,6 +14,7 @@ A run folder holds config.json, metrics.jsonl (a JSON object a measurement, on h
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -476,6 +477,13 @@ def choose_device(name: str | None) -> torch.device:
         die(f"device {name} cannot be used: {brief(error)}; choose cuda, mps or cpu")
 
 
+def keep_memory():
+    """Have glibc keep freed memory for the next step. To give it back and get it anew, page by page, took a third of a step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no mallopt
+        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no mapping of its own below 1 GiB
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
+
+
 def schedule(step: int, config: Config) -> tuple[float, float, float]:
     """Learning rate (linear warm-up, cosine to 1e-6), weight decay (cosine), teacher's momentum (linear to 1)."""
     warmup, done = config.warmup * config.steps, step / config.steps
@@ -491,16 +499,21 @@ def schedule(step: int, config: Config) -> tuple[float, float, float]:
 
 
 def make_optimizer(model: IWM, config: Config) -> torch.optim.AdamW:
-    """AdamW; weight decay not on biases and 1-D weights (I-JEPA). deviation: beta2 is 0.95, for short runs."""
+    """AdamW; weight decay on the layers' matrices only (I-JEPA). deviation: beta2 is 0.95, for short runs.
+
+    deviation: not on the action's tokens of `sequence` either. Decay takes their weights and leaves their biases, and
+    after 20,000 steps the action was a quarter as loud as at the start.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim > 1 and not name.endswith("bias")]
-    others = [p for name, p in named if p.ndim <= 1 or name.endswith("bias")]
+    decayed = [p for name, p in named if p.ndim > 1 and name.endswith(".weight")]
+    others = [p for name, p in named if p.ndim <= 1 or not name.endswith(".weight")]
     groups: list[dict] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 def main():
     config, args = parse()
+    keep_memory()
     device = choose_device(args.device)
     torch.set_float32_matmul_precision("high")
     if WORLD > 1:
