@@ -1372,13 +1372,27 @@ def benchmark():
     row("its matrix products alone", f"{floor:.0f}", f"the step takes {whole / floor:.2f} times its floor")
     row("the step in float32", f"{single:.0f}", f"{single / whole:.1f} times bfloat16")
 
-    print("\n| cost as work grows (cifar preset) | images/s |\n|---|---|")
+    def kept(config, images):
+        """MiB that the forward pass keeps for the backward pass, parameters included."""
+        model, storages = iwm.IWM(config).to(device), {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), train.autocast(config, device):
+            loss = model.loss(images)  # its graph holds the storages while they are counted
+        del loss
+        return sum(storages.values()) / 2**20
+
+    print("\n| cost as work grows (cifar preset) | images/s | MiB kept for backward |\n|---|---|---|")
     for field, values in {"batch_size": (16, 64, 256), "image_size": (16, 32, 64), "pred_depth": (3, 6, 12)}.items():
         grown = [replace(config, **{field: value}) for value in values]
         sizes = [(c.batch_size, torch.rand(c.batch_size, 3, c.image_size, c.image_size, device=device)) for c in grown]
         times = median(*(stepper(c, x) for c, (_, x) in zip(grown, sizes)))
-        speeds = [f"{1000 * b / ms:.0f}" for (b, _), ms in zip(sizes, times)]
-        print(f"| {field} {', '.join(map(str, values))} | {', '.join(speeds)} |", flush=True)
+        speeds = ", ".join(f"{1000 * b / ms:.0f}" for (b, _), ms in zip(sizes, times))
+        memory = ", ".join(f"{kept(c, x):.0f}" for c, (_, x) in zip(grown, sizes))
+        print(f"| {field} {', '.join(map(str, values))} | {speeds} | {memory} |", flush=True)
 
     print("\n| preset | encoder | predictor | patches | GFLOP per image and step |\n|---|---|---|---|---|")
     for preset, config in iwm.PRESETS.items():
