@@ -4,12 +4,12 @@
     python finetune.py runs/shapes/last.pt --protocol table --seeds 3  # every protocol, mean and standard deviation
     python finetune.py runs/shapes/last.pt --task shape,colour         # several tasks with one predictor
     python finetune.py runs/shapes/last.pt --task segment              # per-patch outputs, upsampled to pixels: mIoU
-    python finetune.py runs/shapes/last.pt --protocol average          # a linear probe on the mean of K imagined variants
+    python finetune.py runs/shapes/last.pt --protocol average          # a linear probe on K imagined variants' mean
     python finetune.py runs/shapes/last.pt --protocol factors          # what the latents of each network hold
     python finetune.py runs/shapes/finetune.jsonl                      # print the rows found so far
 
-The rows of a table. "Frozen" is the checkpoint's EMA teacher; "learned" starts from the checkpoint (the encoder from the
-teacher) and is trained:
+The rows of a table. "Frozen" is the checkpoint's EMA teacher; "learned" starts from the checkpoint (the encoder from
+the teacher) and is trained:
 
     row                      encoder         predictor   head
     knn                      frozen          -           cosine kNN on mean-pooled latents
@@ -21,8 +21,8 @@ teacher) and is trained:
     end-to-end               learned         learned     attentive
     scratch                  random          random      attentive, everything trained
     attentive, random init   frozen, random  -           attentive
-    linear, encoder | predictor | K imagined: the student's latents; the predictor's under the null action; the mean of K
-    imagined variants. With several tasks: one network for all ("shared") or one for each task ("one each").
+    linear, encoder | predictor | K imagined: the student's latents; the predictor's under the null action; the mean of
+    K imagined variants. With several tasks: one network for all ("shared") or one for each task ("one each").
     With --task segment a linear layer per patch, upsampled, is the head, and "attentive" reads "linear per patch".
 
 The predictor gets the latents of the clean image, a mask token at every position and the null action: it predicts the
@@ -42,12 +42,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 import iwm
@@ -95,7 +95,7 @@ class Task:
     def __post_init__(self):
         self.dense = self.data["train"][1].ndim == 3
         self.ignored = VOID if self.dense else -100  # labels that do not count; classes have none
-        self.classes = max(int(y[y != self.ignored].max()) for _, y in self.data.values()) + 1
+        self.classes = max(int(y.masked_fill(y == self.ignored, 0).max()) for _, y in self.data.values()) + 1
 
 
 def load_tasks(names: list[str], config: Config, labels: int, device, cache: Path) -> dict[str, Task]:
@@ -156,14 +156,12 @@ def load_segmentation(config: Config, device) -> dict[str, tuple[Tensor, Tensor]
         for image, mask in tqdm(files, desc=f"reading {split}", leave=False):
             try:
                 with Image.open(mask) as opened, Image.open(image) as other:
-                    if opened.size != other.size:
-                        raise ValueError(f"their sizes differ, {opened.size} and {other.size}")
-                    label = torch.from_numpy(train.middle(opened, size, TF.InterpolationMode.NEAREST))
+                    if opened.size != other.size or opened.mode not in ("L", "P"):
+                        raise ValueError("a mask has its image's size and one channel of 8 bits: a class (255: none)")
+                    label = torch.tensor(np.array(ImageOps.fit(opened, (size, size), Image.Resampling.NEAREST)))
                 images.append(torch.tensor(train.read_image(image, size)))
-            except train.IMAGE_ERRORS as error:
+            except Exception as error:  # a damaged file can raise anything
                 die(f"{image} or {mask} cannot be read: {error}")
-            if label.ndim != 2 or label.dtype != torch.uint8:
-                die(f"{mask} is no mask: one channel of 8 bits, the class of each pixel (255: none), is needed")
             labels.append(label - first)
         data[split] = torch.stack(images).permute(0, 3, 1, 2).contiguous().to(device), torch.stack(labels).to(device)
     return data
@@ -294,7 +292,9 @@ def fit(network: Network, tasks: dict[str, Task], inputs: dict, batch: int, lr: 
     groups = {}  # (lr, weight decay) -> parameters; no decay on biases, norms and tokens, as in pretraining
     for name, p in network.named_parameters():
         if p.requires_grad:
-            decay = 0.0 if p.ndim <= 1 or name.endswith(("bias", "query", "tokens")) else args.weight_decay
+            decay = (
+                0.0 if p.ndim <= 1 or name.endswith(("bias", "query", "tokens", "action_weight")) else args.weight_decay
+            )
             groups.setdefault((lr * args.learned_lr if id(p) in learned else lr, decay), []).append(p)
     optimizer = torch.optim.AdamW([dict(params=p, lr=r, weight_decay=d) for (r, d), p in groups.items()], fused=True)
     schedule = lambda i: min(1, 10 * (i + 1) / args.steps) * 0.5 * (1 + math.cos(math.pi * i / args.steps))
@@ -308,7 +308,7 @@ def fit(network: Network, tasks: dict[str, Task], inputs: dict, batch: int, lr: 
             if len(orders[name]) < batch:  # a new epoch
                 orders[name] = torch.randperm(len(images), device=device, generator=generator).to(images.device)
             now, orders[name] = orders[name].tensor_split([batch])
-            parts[name], labels[name] = images[now].to(device), truth[now.to(truth.device)].to(device).long()
+            parts[name], labels[name] = images[now].to(device), truth[now].to(device).long()
             if args.augment:
                 crop = iwm.random_crop_flip(to_float(parts[name]), network.config, generator)
                 parts[name] = (255 * crop).round().byte()
@@ -440,13 +440,11 @@ def parse(argv=None) -> argparse.Namespace:
         args.lr = [float(lr) for lr in args.lr.split(",")] if args.lr else []
     except ValueError:
         die(f"--lr {args.lr} is not a number, or several with commas between them")
-    for name in ("seeds", "steps", "batch_size"):
-        if getattr(args, name) < 1:
-            die(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    for name, low in {"seeds": 1, "steps": 1, "batch_size": 1, "labels": 0, "seed": 0}.items():
+        if not low <= getattr(args, name) < 10**9:
+            die(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be between {low} and 999999999")
     if not all(0 < lr < 10 for lr in [*args.lr, args.learned_lr]) or not 0 <= args.weight_decay <= 10:
         die("--lr and --learned-lr must be above 0, --weight-decay at least 0, all below 10")
-    if args.labels < 0 or not 0 <= args.seed < 10**9:
-        die("--labels must be at least 0, --seed between 0 and 999999999")
     if len(set(args.tasks)) < len(args.tasks) or args.batch_size < len(args.tasks):
         die(f"--task {args.task}: name each task once, at most --batch-size of them")
     alone = not args.augment and len(args.tasks) == 1 and args.protocol not in ("knn", "linear", "average", "factors")
@@ -478,6 +476,7 @@ def read_rows(file: Path) -> list[dict]:
 def append(file: Path, text: str):
     """Add text on a line of its own, even if the last line was cut off."""
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a+") as lines:
             lines.seek(max(lines.tell() - 1, 0))
             if lines.read(1) not in ("", "\n"):
@@ -497,9 +496,7 @@ def describe(records: list[dict]) -> str:
     for settings, rows in tables.items():
         now = json.loads(settings)
         measure = "mIoU" if now["tasks"] == ["segment"] else "accuracy"
-        how = [
-            f"{Path(now['data']).name}, {measure} on the test images in percent; {now['labels'] or 'all'} training labels"
-        ]
+        how = [f"{Path(now['data']).name}, {measure} on test images in %; {now['labels'] or 'all'} training labels"]
         if any(record["lr"] for seeds in rows.values() for record in seeds.values()):  # some row is trained
             how.append(f"{now['steps']} steps of {now['batch_size']} images{', augmented' * now['augment']}")
         if now["lrs"]:
@@ -547,7 +544,6 @@ def main():
     weights = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:12]
     settings |= {"data": config.data, "lrs": args.lr, "checkpoint": weights}
     settings["encoder"] = sum(p.numel() for p in model.encoder.parameters())
-    train.make_folder(file.parent)
     known = read_rows(file)
     append(file, "")  # can it be written?
 

@@ -65,7 +65,7 @@ class Config:
     saturation: float = setting(0.2, "jitter: factor drawn from 1 -+ this", 0, 100)
     hue: float = setting(0.1, "jitter: shift drawn from -+ this, in turns of the colour wheel (at most 0.5)", 0, 100)
     # deviation: 2 in `shapes`; `cifar` has 1 with three times the paper's colour: stronger light costs the probes more
-    strength: float = setting(2.0, "multiplies the four jitter strengths: 1 is the paper's default", 0, 100)
+    strength: float = setting(2.0, "multiplies the four above (1 and the four's defaults: the paper's jitter)", 0, 100)
     jitter_prob: float = setting(0.8, "probability that a view is jittered at all", 0, 1)
     blur_prob: float = setting(0.2, "probability of blur on the source view", 0, 1)
     gray_prob: float = setting(0.2, "probability of grayscale on the source view", 0, 1)
@@ -140,7 +140,7 @@ class Config:
 
     @property
     def jitter_range(self) -> Tensor:
-        """[2, 4] float: lowest and highest jitter parameters. Factors are 0 or more, as in torchvision's ColorJitter."""
+        """[2, 4] float: lowest and highest jitter parameters. Factors are 0 or more (torchvision's ColorJitter)."""
         low = IDENTITY - self.jitter_strengths
         low[:3].clamp_(min=0)
         return torch.stack([low, IDENTITY + self.jitter_strengths])
@@ -240,7 +240,7 @@ def solarize(images: Tensor) -> Tensor:
 
 
 def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
-    """Random resized crop (area crop_min..1, width / height 3/4..4/3) and horizontal flip. -> [B, 3, S, S], S = image_size.
+    """Random resized crop (area crop_min..1, width / height 3/4..4/3) and flip. -> [B, 3, S, S], S = image_size.
 
     deviation: the paper's scale and aspect are not known; these are I-JEPA's scale and torchvision's aspect.
     """
@@ -261,7 +261,7 @@ def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
 def jitter_params(batch: int, config: Config, generator=None, device=None, always: bool = False) -> Tensor:
     """Draw jitter parameters, [B, 4]: identity with probability 1 - jitter_prob unless `always`."""
     low, high = config.jitter_range.to(device)
-    params = low + (high - low) * torch.rand(batch, 4, device=device, generator=generator)
+    params = low + (high - low) * torch.rand(batch, len(JITTER), device=device, generator=generator)
     on = torch.rand(batch, 1, device=device, generator=generator) < (1.0 if always else config.jitter_prob)
     return torch.where(on, params, IDENTITY.to(params))
 
@@ -270,7 +270,7 @@ def make_action(params_x: Tensor, params_y: Tensor, flags_x: Tensor, config: Con
     """a(x->y) [B, 7]: jitter differences from x to y in units of their strengths, then x's destructive flags [B, 3].
 
     A flag of 1 says: x was degraded, y is not. deviation: divided by the strengths (config.strength included), so that
-    each number is of order 1.
+    each number is of order 1. Differences of hue are not wrapped: half a turn either way is one change, two actions.
     """
     strengths = config.jitter_strengths.to(params_x)
     return torch.cat([(params_y - params_x) / strengths.clamp(min=1e-8), flags_x], dim=1)
@@ -291,7 +291,7 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
 
     params_x = jitter_params(B, config, generator, device)
     probs = torch.tensor([config.blur_prob, config.gray_prob, config.solarize_prob], device=device)
-    flags = (torch.rand(B, 3, device=device, generator=generator) < probs).float()
+    flags = (torch.rand(B, len(probs), device=device, generator=generator) < probs).float()
     blurred, gray, solarized = (flags[:, :, None, None, None] == 1).unbind(dim=1)
     low, high = blur_sigma(config.image_size)
     sigma = low + (high - low) * torch.rand(B, device=device, generator=generator)
@@ -512,8 +512,8 @@ class IWM(nn.Module):
     def targets(self, images: Tensor) -> Tensor:
         """What the world model has to imagine: the teacher's latents. [B, 3, S, S] in 0..1 -> [B, N, D] float.
 
-        deviation: layer-normed without affine, as I-JEPA does; the paper does not say. The ViT ends in a LayerNorm: this
-        takes away its affine part, by which all latents could shrink together.
+        deviation: layer-normed without affine, as I-JEPA does; the paper does not say. The ViT ends in a LayerNorm:
+        this takes away its affine part, by which all latents could shrink together.
         """
         h = self.teacher(images).float()
         return F.layer_norm(h, h.shape[-1:]) if self.config.target_norm else h
@@ -563,7 +563,8 @@ def chance(variants: int) -> float:
 
 def bank_actions(params: Tensor, config: Config) -> Tensor:
     """Actions that take a clean image to variants with these jitter parameters. [V, 4] -> [V, 7]."""
-    return make_action(IDENTITY.to(params).expand_as(params), params, params.new_zeros(len(params), 3), config)
+    not_degraded = params.new_zeros(len(params), len(ACTION) - len(JITTER))
+    return make_action(IDENTITY.to(params).expand_as(params), params, not_degraded, config)
 
 
 def sweep_params(component: int, config: Config, n: int = 16) -> Tensor:
@@ -588,9 +589,9 @@ def measure_world_model(model: IWM, images: Tensor, generator=None) -> dict[str,
     """MRR, H@1, H@5, chance, and the error of each jitter component, over clean images [B, 3, S, S] in 0..1.
 
     deviation: the paper names neither distance nor encoder. Here: the teacher's targets of a bank of jittered variants,
-    the student's latents of the clean image, all positions, L2. The bank is jittered only, and always, so that it has no
-    duplicates. error_<component>: how far the nearest variant is from the true one when only that component sweeps
-    its range, as a share of the range (no knowledge: 0.25 if it always imagines the middle, 0.5 if an end).
+    the student's latents of the clean image, all positions, L2. The bank is jittered only, and always, so that it has
+    no duplicates. error_<component>: how far the nearest variant is from the true one when only that component sweeps
+    its range, as a share of the range (no knowledge: 0.27 if it always imagines the middle, 0.5 if an end).
     """
     config, found, errors = model.config, [], {name: [] for name in JITTER}
     for image in images.split(1):

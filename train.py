@@ -9,7 +9,8 @@
     torchrun --nproc_per_node=2 train.py              # several devices: the batch is shared among them
 
 A run folder holds config.json, metrics.jsonl (a JSON object a measurement, on held-out training images), result.json
-(the test images, read once at the end), last.pt, views.png, retrieval.png (its top: strip.png) and, with matplotlib, curves.png.
+(the test images, read once at the end), last.pt, views.png, retrieval.png (its top: strip.png) and, with matplotlib,
+curves.png.
 """
 
 import argparse
@@ -36,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
@@ -69,17 +70,11 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__} {' '.join(str(error).split()):.80}"
 
 
-def make_folder(path: Path):
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        die(f"cannot make the folder {path}: {error}")
-
-
 def write_whole(path: Path, write):
     """Write aside, then rename: a reader never sees half a file, and a full disk leaves the old one whole."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
@@ -106,13 +101,13 @@ def shapes(n: int, seed: int, size: int = 32) -> dict[str, Tensor]:
     Returns images [n, 3, size, size] uint8 and the factors they were made from: shape, colour (bin of the object's
     hue), texture and background [n] int64, and the object's mask [n, size, size] bool.
     """
-    chunks = [
-        _shapes(min(1000, n - i), torch.Generator().manual_seed(seed * 1_000_003 + i), size) for i in range(0, n, 1000)
-    ]
+    chunks = [_shapes(min(1000, n - i), seed * 1_000_003 + i, size) for i in range(0, n, 1000)]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def _shapes(n: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
+def _shapes(n: int, seed: int, size: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
 
@@ -168,20 +163,12 @@ def _shapes(n: int, generator: torch.Generator, size: int) -> dict[str, Tensor]:
             "texture": texture, "background": background, "mask": mask > 0.5}  # fmt: skip
 
 
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what a bad file can raise
-
-
-def middle(image: Image.Image, size: int, how=TF.InterpolationMode.BILINEAR) -> np.ndarray:
-    """The middle square of an image, resized. -> [size, size] or [size, size, 3]"""
-    return np.array(TF.resize(TF.center_crop(image, min(image.size)), [size, size], how))
-
-
 def read_image(file: Path, size: int) -> np.ndarray:
     """The middle square of any image file. -> RGB [size, size, 3] uint8"""
     with Image.open(file) as image:
         if image.mode.startswith("I"):  # 16 bits, of which Pillow would not keep the upper ones
             image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
-        return middle(image.convert("RGB"), size)
+        return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
 
 
 def read_folder(folder: Path, size: int, classes: list[str], cache: Path) -> tuple[Tensor, Tensor]:
@@ -199,7 +186,7 @@ def read_folder(folder: Path, size: int, classes: list[str], cache: Path) -> tup
     def decode(item):
         try:
             return read_image(item[0], size)
-        except IMAGE_ERRORS as error:
+        except Exception as error:  # a damaged file can raise anything
             tqdm.write(f"skipped {item[0]}: {error}", file=sys.stderr)
 
     def decode_all(aside):  # all pixels, then all labels
@@ -218,7 +205,6 @@ def read_folder(folder: Path, size: int, classes: list[str], cache: Path) -> tup
 
     pixels = 3 * size * size
     if not decoded.exists() or decoded.stat().st_size % (pixels + 8):
-        make_folder(cache)
         write_whole(decoded, decode_all)
     n = decoded.stat().st_size // (pixels + 8)
     if n == 0:
@@ -256,9 +242,7 @@ def load_data(config: Config, device, cache: Path) -> dict[str, tuple[Tensor, Te
         root = Path(config.data)
         test = root / "test" if (root / "test").is_dir() else root / "val"
         if not config.data or not (root / "train").is_dir() or not test.is_dir():
-            die(
-                f"data {config.data!r} is not shapes, cifar10, cifar100 or a folder with train/<class>/ and test/<class>/"
-            )
+            die(f"data {config.data!r} is not shapes, cifar10, cifar100 or a folder with train/CLASS/ and test/CLASS/")
         classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir() and path.name[0] != ".")
         unknown = {path.name for path in test.iterdir() if path.is_dir() and path.name[0] != "."} - set(classes)
         if unknown:
@@ -374,8 +358,7 @@ def draw_retrieval(model: IWM, images: Tensor, path: Path):
             pictures, bank, imagined = iwm.variants(model, images[:1], iwm.sweep_params(i, config, n=8))
             neighbours = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).tolist()
             rows.append([f"{name}:\ntrue variants", *pictures])
-            found = [(pictures[j], j == k) for k, j in enumerate(neighbours)]
-            rows.append(["nearest to the\nimagined ones", *found])
+            rows.append(["nearest to the\nimagined ones", *((pictures[j], j == k) for k, j in enumerate(neighbours))])
     sheet(rows, path)
 
 
@@ -409,10 +392,9 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     parser.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="print a table of finished runs and stop; "
                         "with --preset they are named by their flags on top of it")  # fmt: skip
     for f in fields(Config):
-        flag = "--" + f.name.replace("_", "-")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        explained = f"{f.metadata['help']} (default of preset shapes: {f.default})"
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=explained, **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+                            help=f"{f.metadata['help']} (default of preset shapes: {f.default})")  # fmt: skip
     parser.error = lambda message: die(f"{message}; see --help")  # one line instead of the list of all flags
     args = parser.parse_args(argv)
     if args.out == Path():
@@ -448,8 +430,7 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
 
 
 def open_run(out: Path, config: Config):
-    """Make the run folder and write its configuration. -> a file whose lock keeps other processes out while it is open"""
-    make_folder(out)
+    """Make the run folder with its configuration. -> a file whose lock keeps other processes out while it is open"""
     stored = out / "config.json"
     if not stored.exists():
         write_whole(stored, lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
@@ -478,7 +459,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def keep_memory():
-    """Have glibc keep freed memory for the next step. To give it back and get it anew, page by page, took a third of a step."""
+    """Have glibc keep freed memory: to give it back and get it anew, page by page, took a third of a step."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no mallopt
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no mapping of its own below 1 GiB
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
@@ -550,17 +531,15 @@ def main():
             part.compile()
     step_model = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
+    began = time.monotonic() - seconds
+    clock = lambda: round(time.monotonic() - began, 1)
+
     def save(step):
-        state = {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                 "seconds": clock(), "metrics": metrics, "losses": losses}  # fmt: skip
+        state = {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "step": step, "seconds": clock(), "metrics": metrics, "losses": losses}  # fmt: skip
         write_whole(args.out / "last.pt", lambda path: torch.save(state, path))
         lines = "".join(json.dumps(m) + "\n" for m in metrics)
         write_whole(args.out / "metrics.jsonl", lambda path: path.write_text(lines))
-
-    began = time.monotonic() - seconds
-
-    def clock():
-        return round(time.monotonic() - began, 1)
 
     def record(step):
         """Measure, append to the metrics, refresh the pictures, save."""
@@ -624,14 +603,10 @@ def main():
             running.clear()
             bar.set_postfix(loss=f"{losses[-1]:.3f}", mrr=f"{metrics[-1]['mrr']:.3f}" if metrics else "", refresh=False)
             if not math.isfinite(losses[-1]):
-                die(
-                    f"the loss is {losses[-1]} at step {done}, lr {lr:.2g}: lower --lr ({args.out}/last.pt is from before)"
-                )
-            stop = max(stopped, default=0)
+                die(f"the loss is {losses[-1]} at step {done}, lr {lr:.2g}: lower --lr (last.pt is from before)")
+            stop = torch.tensor(max(stopped, default=0), device=device)
             if WORLD > 1:  # stop together or not at all
-                signals = torch.tensor(stop, device=device)
-                dist.all_reduce(signals, dist.ReduceOp.MAX)
-                stop = int(signals)
+                dist.all_reduce(stop, dist.ReduceOp.MAX)
             if RANK == 0 and measuring:
                 record(done)
             elif RANK == 0 and (stop or time.monotonic() - saved > 120):
@@ -641,7 +616,7 @@ def main():
                 bar.close()
                 launcher = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
                 print(f"stopped and saved at step {done}. Go on with: {launcher} train.py --out '{args.out}' --resume")
-                sys.exit(128 + stop)
+                sys.exit(128 + int(stop))
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # everything is saved: from here on a signal just ends
         signal.signal(number, signal.SIG_DFL)
@@ -674,6 +649,7 @@ def table(paths: list[Path], presets: list[str]) -> str:
             result = json.loads(file.read_text())
             config = Config(**result["config"])
             found = [factor * result[who][key] for key, (_, factor) in keys.items() for who in ("trained", "random")]
+            found.append(result["seconds"] / 60)
         except (OSError, ValueError, TypeError, KeyError) as error:
             die(f"{file} is no result.json of a finished run: {brief(error)}")
         settings = {n: v for n, v in asdict(config).items() if n not in ("seed", "data", "measurements", "mrr_images")}
@@ -688,12 +664,12 @@ def table(paths: list[Path], presets: list[str]) -> str:
             names.append(flags)
         shortest = min(names, key=len)
         row = Path(config.data).name, " ".join(shortest), f"{iwm.chance(config.bank):.4f}"
-        rows.setdefault(row, {})[config.seed] = [*found, result["seconds"] / 60]
+        rows.setdefault(row, {})[config.seed] = found
 
     if not rows:
         die("--table found no finished run")
-    lines = ["| data | run | MRR by chance | seeds | " + " | ".join(f"{label} | random init" for label, _ in keys.values())
-             + " | minutes |", "|---" * (2 * len(keys) + 5) + "|"]  # fmt: skip
+    measures = " | ".join(f"{label} | random init" for label, _ in keys.values())
+    lines = [f"| data | run | MRR by chance | seeds | {measures} | minutes |", "|---" * (2 * len(keys) + 5) + "|"]
     for row, seeds in rows.items():
         cells = [mean_std(values, digits) for values, digits in zip(zip(*seeds.values()), (3, 3, 3, 3, 1, 1, 1, 1, 0))]
         lines.append(f"| {' | '.join(row)} | {len(seeds)} | {' | '.join(cells)} |")
@@ -716,8 +692,7 @@ def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
     print(f"measuring on {len(data['test'][0])} test images (MRR on {config.mrr_images} of them) ...")
     result: dict = {"trained": measure(model, data, "test", config.mrr_images, 10_000)}
     result["random"] = measure(IWM(config).to(device), data, "test", min(config.mrr_images, 32), 10_000)
-    memory = peak_memory(device)
-    result |= {"config": asdict(config), "seconds": seconds, "memory_gib": memory}
+    result |= {"config": asdict(config), "seconds": seconds, "memory_gib": peak_memory(device)}
     write_whole(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     classes = int(data["train"][1].max()) + 1
     print(f"\n{'test images':24} {'this run':>9} {'random init':>12} {'chance':>8}")
@@ -725,7 +700,7 @@ def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
             ("knn", "kNN accuracy", 1 / classes), ("linear", "linear probe accuracy", 1 / classes)]  # fmt: skip
     for key, label, by_chance in rows:
         print(f"{label:24} {result['trained'][key]:9.4f} {result['random'][key]:12.4f} {by_chance:8.4f}")
-    print(f"\n{seconds / 60:.1f} minutes, peak memory {memory or math.nan:.1f} GiB; everything is in {out}")
+    print(f"\n{seconds / 60:.1f} minutes, peak memory {result['memory_gib'] or math.nan:.1f} GiB; see {out}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def draw(model, decode, images, path):
             iwm.grayscale(image).expand_as(image),
             iwm.solarize(image),
         )
-        for x, told in zip(degraded, torch.eye(7)[4:]):  # the action from x to the whole image, and the null action
+        for x, told in zip(
+            degraded, torch.eye(len(iwm.ACTION))[4:]
+        ):  # the action from x to the whole image, and the null action
             rows[-1] += [x[0], *decode(model.imagine(x, torch.stack([told, 0 * told])))]
     train.sheet(rows, path)
 
