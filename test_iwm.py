@@ -903,9 +903,11 @@ class TestTrain:
         assert "--pred-depth 2 | 0.0239 | 1 | 0.100 |" in lines[1]
         code, out = call(train, monkeypatch, capsys, "--preset", "cifar", "--table", tmp_path / "a")
         assert not code and "| --preset cifar " in out and "--steps 2400 " in out
-        (tmp_path / "d" / "result.json").write_text("{}")
-        code, out = call(train, monkeypatch, capsys, "--table", tmp_path / "d")
-        assert code == 2 and "result.json" in out
+        for missing in ("config", "trained", "seconds"):
+            less = json.dumps({key: value for key, value in result.items() if key != missing})
+            (tmp_path / "d" / "result.json").write_text(less)
+            code, out = call(train, monkeypatch, capsys, "--table", tmp_path / "d")
+            assert code == 2 and "result.json" in out
 
     def test_help_explains_every_setting(self):
         result = run("--help")
@@ -1126,6 +1128,9 @@ class TestFinetune:
         assert finetune.mean_iou(truth, truth, 5) == 1
         holes = truth.masked_fill(torch.rand(truth.shape, generator=seeded()) < 0.3, finetune.VOID)
         assert finetune.mean_iou(truth, holes, 4) == 1, "pixels without a class must not count"
+        void = truth.new_full(truth.shape, finetune.VOID)  # a small split may have no class at all
+        data = {"train": (found, truth), "val": (found, void)}
+        assert finetune.Task(data).classes == 4
 
     def test_a_row_that_was_cut_off_spoils_no_other(self, tmp_path):
         file = tmp_path / "finetune.jsonl"
