@@ -1252,21 +1252,55 @@ class TestFuzz:
             outcomes[code] += 1
         assert min(outcomes.values()) > 0, f"the fuzz is too tame or too wild: {outcomes}"
 
-    def test_a_damaged_checkpoint_is_refused_or_harmless(self, tmp_path, monkeypatch, capsys):
+    @staticmethod
+    def damage(whole: bytes, rng) -> bytes:
+        """Some bytes changed, sometimes the end cut off."""
+        damaged = bytearray(whole)
+        for _ in range(rng.choice([1, 10, 1000])):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        return damaged[: rng.randrange(len(damaged))] if rng.random() < 0.3 else damaged
+
+    def test_a_damaged_checkpoint_is_refused_or_harmless(self, tmp_path, capsys):
         model, rng = tiny(), random.Random(self.N)
         torch.save({"config": asdict(model.config), "model": model.state_dict()}, tmp_path / "whole.pt")
         whole = (tmp_path / "whole.pt").read_bytes()
         for _ in range(4 * self.N):
-            damaged = bytearray(whole)
-            for _ in range(rng.choice([1, 10, 1000])):
-                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
-            damaged = damaged[: rng.randrange(len(damaged))] if rng.random() < 0.3 else damaged
-            (tmp_path / "last.pt").write_bytes(damaged)
+            (tmp_path / "last.pt").write_bytes(self.damage(whole, rng))
             try:
                 finetune.load_checkpoint(tmp_path / "last.pt", "cpu")
             except SystemExit as error:
                 out = capsys.readouterr().err
                 assert error.code == 2 and "last.pt" in out and len(out.splitlines()) == 1, out
+
+    def test_a_damaged_configuration_is_refused_or_harmless(self, tmp_path, capsys):
+        whole, rng, refused = json.dumps(asdict(TINY), indent=1).encode(), random.Random(self.N), 0
+        for _ in range(4 * self.N):
+            (tmp_path / "config.json").write_bytes(self.damage(whole, rng))
+            try:
+                train.parse(["--out", str(tmp_path), "--resume"])
+            except SystemExit as error:
+                out = capsys.readouterr().err
+                assert error.code == 2 and len(out.splitlines()) == 1, out
+                refused += 1
+        assert refused > 0
+
+    @pytest.mark.filterwarnings("ignore")  # Pillow's, of what it skips in a file
+    def test_a_damaged_image_is_left_out_or_harmless(self, tmp_path, capsys):
+        rng, picture, n = (
+            random.Random(self.N),
+            Image.fromarray(train.shapes(1, 0)["images"][0].permute(1, 2, 0).numpy()),
+            0,
+        )
+        (tmp_path / "cat").mkdir()
+        for suffix in ("jpg", "png", "gif", "webp", "bmp", "tiff", "ppm"):
+            picture.save(tmp_path / f"whole.{suffix}")
+            for _ in range(self.N):
+                n += 1
+                whole = (tmp_path / f"whole.{suffix}").read_bytes()
+                (tmp_path / "cat" / f"{n}.{suffix}").write_bytes(self.damage(whole, rng))
+        picture.save(tmp_path / "cat" / "0.jpg")
+        images, _ = train.read_folder(tmp_path, 16, ["cat"], tmp_path / "cache")
+        assert 1 <= len(images) < n and f"skipped {n + 1 - len(images)} of {n + 1} files" in capsys.readouterr().err
 
 
 class TestReadme:
