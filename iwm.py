@@ -175,7 +175,7 @@ def grayscale(images: Tensor) -> Tensor:
 
 def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """factor * images + (1 - factor) * other, kept in 0..1. factor: [B, 1, 1, 1]."""
-    return torch.lerp(other, images, factor).clamp_(0, 1)
+    return torch.lerp(other, images, factor).clamp(0, 1)
 
 
 def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
@@ -201,9 +201,8 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
     shift in turns. Returns [B, 3, S, S] in 0..1. Each operation equals torchvision.transforms.v2.functional's.
     deviation: the order is fixed; a shuffled one could not be described by four numbers.
     """
-    # operations that end in _ write into a result that is ours already: on a CPU new memory costs more than arithmetic
     brightness, contrast, saturation, hue = params[:, :, None, None, None].unbind(dim=1)
-    images = (images * brightness).clamp_(0, 1)
+    images = (images * brightness).clamp(0, 1)
     images = blend(images, grayscale(images).mean(dim=(1, 2, 3), keepdim=True), contrast)
     images = blend(images, grayscale(images), saturation)
     return shift_hue(images, hue.squeeze(1))
