@@ -292,9 +292,7 @@ def fit(network: Network, tasks: dict[str, Task], inputs: dict, batch: int, lr: 
     groups = {}  # (lr, weight decay) -> parameters; no decay on biases, norms and tokens, as in pretraining
     for name, p in network.named_parameters():
         if p.requires_grad:
-            decay = (
-                0.0 if p.ndim <= 1 or name.endswith(("bias", "query", "tokens", "action_weight")) else args.weight_decay
-            )
+            decay = 0.0 if p.ndim <= 1 or name.endswith(("bias", "query", "tokens")) else args.weight_decay
             groups.setdefault((lr * args.learned_lr if id(p) in learned else lr, decay), []).append(p)
     optimizer = torch.optim.AdamW([dict(params=p, lr=r, weight_decay=d) for (r, d), p in groups.items()], fused=True)
     schedule = lambda i: min(1, 10 * (i + 1) / args.steps) * 0.5 * (1 + math.cos(math.pi * i / args.steps))
