@@ -1318,6 +1318,17 @@ class TestReadme:
         assert len(guide) > 20
         assert not {name: where.get(name) for name, lines in guide if where.get(name) != lines}, "right would be these"
 
+    def test_links_and_pictures_lead_somewhere(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
+            text = readme.read()
+        headings = [re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in
+                    text.splitlines() if line.startswith("#")]  # as GitHub names them  # fmt: skip
+        links = re.findall(r"\]\(([^)]+)\)", text)
+        assert len(links) > 5
+        for link in links:
+            there = link[1:] in headings if link.startswith("#") else os.path.exists(os.path.join(HERE, link))
+            assert there or link.startswith("https://"), link
+
 
 class TestPaperScale:
     def test_the_paper_preset_steps_on_one_image(self):
