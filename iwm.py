@@ -149,7 +149,7 @@ class Config:
 PRESETS = {
     "shapes": Config(),
     "cifar": Config(
-        data="cifar10", saturation=0.6, hue=0.3, strength=1.0, steps=20_000, ema=0.99, measurements=10, mrr_images=128,
+        data="cifar10", saturation=0.6, hue=0.3, strength=1.0, steps=28_000, ema=0.99, measurements=10, mrr_images=128,
     ),
     "imagenet100": Config(
         data="", image_size=160, patch=16, width=384, depth=12, heads=6, pred_width=192, pred_depth=12,
@@ -445,8 +445,10 @@ class Predictor(nn.Module):
             # deviation: initial scale 1, as large as a latent's embedding, so that the action is heard from the start
             self.action_weight = nn.Parameter(torch.randn(A, W))
             self.action_bias = nn.Parameter(torch.randn(A, W))
-        if self.conditioning == "feature":  # three layers R^(W + A) -> R^W, the same for every mask token
-            self.mix = nn.Sequential(nn.Linear(W + A, W), nn.ReLU(), nn.Linear(W, W), nn.ReLU(), nn.Linear(W, W))
+        # three layers, the same for every mask token; `feature` mixes the action into them: R^(W + A) -> R^W
+        # deviation: the other modes have them too, without the action; without them they learn poorer latents
+        more = A if self.conditioning == "feature" else 0
+        self.mix = nn.Sequential(nn.Linear(W + more, W), nn.ReLU(), nn.Linear(W, W), nn.ReLU(), nn.Linear(W, W))
         init_weights(self)
 
     def forward(self, z: Tensor, context: Tensor, masked: Tensor, action: Tensor, extra=None) -> Tensor:
@@ -456,8 +458,8 @@ class Predictor(nn.Module):
         x = self.embed(z) + self.positions[context]
         tokens = self.mask_token + self.positions[masked]  # [B, M, W]
         if self.conditioning == "feature":  # the action is mixed into every mask token
-            tokens = self.mix(torch.cat([tokens, repeat(action, "b a -> b m a", m=masked.shape[1])], dim=2))
-        x = torch.cat([x, tokens], dim=1)
+            tokens = torch.cat([tokens, repeat(action, "b a -> b m a", m=masked.shape[1])], dim=2)
+        x = torch.cat([x, self.mix(tokens)], dim=1)
         if self.conditioning == "sequence":  # the action joins as A tokens of its own
             x = torch.cat([action.unsqueeze(2) * self.action_weight + self.action_bias, x], dim=1)
         if extra is not None:

@@ -45,23 +45,28 @@ def save(figure, name: str):
 
 def conditioning(found):
     """MRR over training (the long runs, one seed) and at the end of short runs (each seed a point)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=(2, 1))
-    long = (("colour", "feature, colour x 3 (the preset)", "C3-"), ("feature", "feature, strength 2", "C0-"),
-            ("strength1", "feature, strength 1", "C0--"), ("sequence", "sequence, strength 2", "C1-"),
-            ("ijepa", "I-JEPA", "C2-"))  # fmt: skip
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", width_ratios=(2, 1))
+    long = (("cifar-preset", "feature, colour x 3, 28,000 steps (the preset)", "C3-"),
+            ("cifar-colour", "feature, colour x 3", "C3--"), ("cifar-feature", "feature, strength 2", "C0-"),
+            ("cifar-strength1", "feature, strength 1", "C0--"), ("cifar-colour-sequence", "sequence, colour x 3", "C1-"),
+            ("search/colour-sequence-no-layers", "the same without layers on the mask tokens", "C1--"),
+            ("cifar-ijepa", "I-JEPA", "C2-"))  # fmt: skip
     for name, label, style in long:
-        points = [(m["step"], m["mrr"]) for m in read_rows(HERE / "results" / f"cifar-{name}.metrics.jsonl")]
+        points = [(m["step"], m["mrr"]) for m in read_rows(HERE / "results" / f"{name}.metrics.jsonl")]
         left.plot(*zip(*points), style, marker=".", label=label)
     for i, (name, colour) in enumerate((("none", "C2"), ("sequence", "C1"), ("feature", "C0"))):
         scores = [run["mrr"] for run in found.get(name, {}).values()]
         right.plot([i] * len(scores), scores, "o", color=colour)
     right.set_xticks(range(3), ("none", "sequence", "feature"))
-    for axis, title in ((left, "20,000 steps, one seed, 16 held-out images"), (right, "2,000 steps, 64 test images")):
+    for axis, title in (
+        (left, "20,000 steps unless said, one seed, 16 held-out images"),
+        (right, "2,000 steps, 64 test images"),
+    ):
         axis.axhline(CHANCE, color="gray", linestyle=":")
         axis.set(ylabel="MRR", ylim=(0, None), title=title)
     right.text(1, CHANCE + 0.01, "chance", color="gray", ha="center")
     left.set_xlabel("step")
-    left.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.06))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     save(figure, "conditioning.png")
 
 
