@@ -459,10 +459,17 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def keep_memory():
-    """Have glibc keep freed memory: to give it back and get it anew, page by page, took a third of a step."""
+    """Have glibc keep freed memory: to give it back and get it anew, page by page, took up to a third of a step."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no mallopt
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no mapping of its own below 1 GiB
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
+
+
+def leave():
+    """Processes end together: torchrun ends the others with the first, while rank 0 may still be saving or reporting."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def schedule(step: int, config: Config) -> tuple[float, float, float]:
@@ -610,6 +617,7 @@ def main():
                 saved = time.monotonic()
             if stop:
                 bar.close()
+                leave()
                 launcher = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
                 print(f"stopped and saved at step {done}. Go on with: {launcher} train.py --out '{args.out}' --resume")
                 sys.exit(128 + int(stop))
@@ -619,8 +627,7 @@ def main():
     if RANK == 0:
         report(model, data, config, args.out, clock())
         lock.close()
-    if WORLD > 1:
-        dist.destroy_process_group()
+    leave()
 
 
 def mean_std(values: Sequence[float], digits: int) -> str:
