@@ -156,8 +156,10 @@ def load_segmentation(config: Config, device) -> dict[str, tuple[Tensor, Tensor]
         for image, mask in tqdm(files, desc=f"reading {split}", leave=False):
             try:
                 with Image.open(mask) as opened, Image.open(image) as other:
-                    if opened.size != other.size or opened.mode not in ("L", "P"):
-                        raise ValueError("a mask has its image's size and one channel of 8 bits: a class (255: none)")
+                    if opened.size != other.size:
+                        raise ValueError(f"their sizes differ, {opened.size} and {other.size}")
+                    if opened.mode not in ("L", "P"):
+                        raise ValueError("a mask needs one channel of 8 bits, the class of each pixel (255: none)")
                     label = torch.tensor(np.array(ImageOps.fit(opened, (size, size), Image.Resampling.NEAREST)))
                 images.append(torch.tensor(train.read_image(image, size)))
             except Exception as error:  # a damaged file can raise anything

@@ -55,9 +55,8 @@ def draw(model, decode, images, path):
             iwm.grayscale(image).expand_as(image),
             iwm.solarize(image),
         )
-        for x, told in zip(
-            degraded, torch.eye(len(iwm.ACTION))[4:]
-        ):  # the action from x to the whole image, and the null action
+        flags = torch.eye(len(iwm.ACTION))[len(iwm.JITTER) :]
+        for x, told in zip(degraded, flags):  # the action from x to the whole image, and the null action
             rows[-1] += [x[0], *decode(model.imagine(x, torch.stack([told, 0 * told])))]
     train.sheet(rows, path)
 
