@@ -34,7 +34,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 reference = importlib.import_module("iwm")
 iwm = importlib.import_module(os.environ.get("IWM", "iwm"))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-TINY = iwm.Config(strength=1.0, width=32, depth=2, heads=2, pred_width=16, pred_depth=2, batch_size=8)
+TINY = iwm.Config(saturation=0.2, hue=0.1, width=32, depth=2, heads=2, pred_width=16, pred_depth=2, batch_size=8)
 IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])  # brightness, contrast, saturation, hue
 
 
@@ -84,6 +84,7 @@ class TestConfig:
         assert {"shapes", "cifar", "imagenet100", "paper"} <= set(iwm.PRESETS)
         paper = iwm.PRESETS["paper"]
         assert (paper.width, paper.depth, paper.patch, paper.pred_depth, paper.pred_width) == (768, 12, 16, 18, 384)
+        close(paper.jitter_strengths, torch.tensor([0.4, 0.4, 0.2, 0.1]), "the paper's jitter strengths")
 
     @pytest.mark.parametrize("wrong", [
         {"patch": 5}, {"width": 30}, {"pred_width": 18, "heads": 4}, {"conditioning": "film"}, {"steps": 0},
