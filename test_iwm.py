@@ -959,10 +959,20 @@ class TestFolderCache:
 
 
 class TestDevices:
+    @staticmethod
+    def two_processes(script, code, *flags, **env):
+        """Run `code`, written to the file `script`, in two gloo processes. -> the finished torchrun."""
+        script.write_text(code)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, *flags]
+        env = os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"} | env
+        done = subprocess.run(command, capture_output=True, text=True, timeout=170, env=env)
+        assert done.returncode == 0, done.stderr
+        return done
+
     def test_two_processes_have_the_gradient_of_one(self, tmp_path):
         """DistributedDataParallel over two gloo processes, half the batch each, against the mean of both halves here."""
         code = (
-            "import sys, torch, iwm\n"
+            "import sys, torch, iwm, train\n"
             "torch.manual_seed(0)\n"
             "model = iwm.IWM(iwm.Config(width=32, depth=2, heads=2, pred_width=16, pred_depth=2))\n"
             "def half(model, rank):\n"
@@ -973,14 +983,9 @@ class TestDevices:
             "shared = torch.nn.parallel.DistributedDataParallel(model)\n"
             "half(shared, rank).backward()\n"
             "if rank == 0: torch.save([p.grad for p in model.parameters() if p.requires_grad], sys.argv[1])\n"
-            "torch.distributed.barrier()\n"  # a process that leaves before the other aborts now and then
-            "torch.distributed.destroy_process_group()\n"
+            "train.leave()\n"  # a process that leaves before the other aborts now and then
         )
-        (tmp_path / "half.py").write_text(code)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-        done = subprocess.run([*command, tmp_path / "half.py", tmp_path / "grads.pt"], capture_output=True, text=True,
-                              timeout=170, env=os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"})  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        self.two_processes(tmp_path / "half.py", code, tmp_path / "grads.pt")
         torch.manual_seed(0)
         model = iwm.IWM(iwm.Config(width=32, depth=2, heads=2, pred_width=16, pred_depth=2))
         images = torch.rand(2, 4, 3, 32, 32, generator=seeded(5))
@@ -999,12 +1004,8 @@ class TestDevices:
             "iwm.IWM.forward = kept\n"
             "runpy.run_module('train', run_name='__main__')\n"
         )
-        (tmp_path / "kept.py").write_text(code)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
         flags = tiny_run(folder, tmp_path / "run")
-        done = subprocess.run([*command, tmp_path / "kept.py", *flags], capture_output=True, text=True, timeout=170,
-                              env=os.environ | {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "KEEP": str(tmp_path)})  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        done = self.two_processes(tmp_path / "kept.py", code, *flags, KEEP=str(tmp_path))
         one, other = (torch.load(tmp_path / rank, weights_only=True) for rank in "01")
         assert len(one) == len(other) == 4 and not any((image == other).flatten(1).all(dim=1).any() for image in one), (
             "each process trains on its own half of the batch of 8"

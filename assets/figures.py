@@ -23,10 +23,10 @@ CHANCE = chance(256)
 plt.rcParams |= {"figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
 
 
-def finetuned(path: Path) -> dict[str, dict[int, float]]:
-    """row of a finetune.jsonl -> seed -> test accuracy in percent; the last one counts where a row was computed twice."""
+def accuracies(rows: list[dict]) -> dict[str, dict[int, float]]:
+    """Rows of a finetune.jsonl: name -> seed -> test accuracy in percent; of a row that is there twice the last counts."""
     scores = {}
-    for row in read_rows(path):
+    for row in rows:
         scores.setdefault(row["row"], {})[row["seed"]] = 100 * row["test"]["classify"]
     return scores
 
@@ -37,8 +37,8 @@ def runs() -> dict[str, dict[int, dict]]:
     for path in sorted(GRID.glob("*.result.json")):
         name, seed = re.fullmatch(r"(.+)-s(\d+)", path.name.removesuffix(".result.json")).groups()
         run = dict(json.loads(path.read_text())["trained"])
-        rows = finetuned(path.with_name(path.name.replace("result.json", "finetune.jsonl")))
-        run |= {row: statistics.mean(scores.values()) for row, scores in rows.items()}
+        rows = read_rows(path.with_name(path.name.replace("result.json", "finetune.jsonl")))
+        run |= {row: statistics.mean(scores.values()) for row, scores in accuracies(rows).items()}
         run |= {"linear": 100 * run["linear"], "knn": 100 * run["knn"]}
         found.setdefault(name, {})[int(seed)] = run
     return found
@@ -105,14 +105,13 @@ def finetuning():
               "preset": "world model, the preset (28,000 steps)"}  # fmt: skip
     print(f"| 20,000 steps (preset: 28,000) of | MRR | {' | '.join(names)} |\n{'|---' * 7}|")
     for i, (model, label) in enumerate(models.items()):
-        path = HERE / "results" / f"cifar-{model}.finetune.jsonl"
-        rows = finetuned(path)
-        scores = [[*rows[name].values()] for name in names]
+        rows = read_rows(HERE / "results" / f"cifar-{model}.finetune.jsonl")
+        scores = [[*accuracies(rows)[name].values()] for name in names]
         means, spreads = [statistics.mean(s) for s in scores], [statistics.stdev(s) for s in scores]
         mrr = json.loads((HERE / "results" / f"cifar-{model}.result.json").read_text())["trained"]["mrr"]
         print(f"| {label} | {mrr:.3f} | {' | '.join(mean_std(s, 1) for s in scores)} |")
         axis.errorbar([x + 0.15 * (i - 1.5) for x in range(5)], means, spreads, fmt="o", capsize=3, label=label)
-    sizes = {row["row"]: row["trainable"] / 1e6 for row in read_rows(path)}
+    sizes = {row["row"]: row["trainable"] / 1e6 for row in rows}
     axis.set_xticks(range(5), [f"{name}\n{sizes[name]:.2f} M" for name in names])
     axis.set(xlabel="what is trained, and its parameters", ylabel="CIFAR-10 test accuracy, %")
     axis.legend(frameon=False)
