@@ -179,17 +179,14 @@ def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     """Rotate the hue by `turns` ([B, 1, 1], 1 = the whole colour wheel). images: [B, 3, S, S] in 0..1."""
     r, g, b = images.unbind(dim=1)
-    value = images.amax(dim=1)
-    chroma = value - images.amin(dim=1)
-    # RGB -> HSV: position on the colour wheel in sixths, counted from red; where r = g = b it is 0 and chroma too
-    c = torch.where(chroma == 0, 1, chroma)
-    hue = torch.where(value == r, (g - b) / c, torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c))
-    # HSV -> RGB in closed form: each channel falls from `value` by up to `chroma`, as far as the hue is from its colour
-    hue, channels = hue + 6 * turns, []
-    for offset in (5, 3, 1):  # red, green, blue
-        k = (hue + offset) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+    low = images.amin(dim=1)
+    chroma = images.amax(dim=1) - low
+    # RGB -> hue, in sixths of the wheel: how far from red (0 to 3), and on which side of it, green's or blue's
+    from_red = 1 + ((g - low) + (b - r)) / chroma.clamp(min=1e-30)  # a grey pixel has no hue, and no chroma to show it
+    hue = (torch.copysign(from_red, g - b) + 6 * turns) % 6
+    # hue -> RGB: each channel rises from `low` by up to `chroma`, the more the nearer the hue is to its colour
+    near_red, near_green, near_blue = (hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()
+    return torch.stack([low + chroma * near.clamp(0, 1) for near in (near_red, near_green, near_blue)], dim=1)
 
 
 def jitter(images: Tensor, params: Tensor) -> Tensor:
@@ -201,7 +198,7 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
     """
     brightness, contrast, saturation, hue = params[:, :, None, None, None].unbind(dim=1)
     images = (images * brightness).clamp(0, 1)
-    images = blend(images, grayscale(images).mean(dim=(1, 2, 3), keepdim=True), contrast)
+    images = blend(images, grayscale(images.mean(dim=(2, 3), keepdim=True)), contrast)
     images = blend(images, grayscale(images), saturation)
     return shift_hue(images, hue.squeeze(1))
 

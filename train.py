@@ -372,6 +372,7 @@ def draw_curves(metrics: list[dict], path: Path):
             points = [(m["images"], m[name]) for m in metrics if m[name] is not None]
             axis.plot(*zip(*points) if points else ([], []), marker=".", label=name)
         axis.set_ylim(bottom=0)
+        axis.locator_params(axis="x", nbins=4)
         axis.set_xlabel("images seen")
         axis.legend()
     write_whole(path, lambda aside: figure.savefig(aside, dpi=80, format="png"))
