@@ -40,6 +40,8 @@ def runs() -> dict[str, dict[int, dict]]:
         rows = read_rows(path.with_name(path.name.replace("result.json", "finetune.jsonl")))
         run |= {row: statistics.mean(scores.values()) for row, scores in accuracies(rows).items()}
         run |= {"linear": 100 * run["linear"], "knn": 100 * run["knn"]}
+        if "random predictor" in run:
+            run["gain"] = run["learned predictor"] - run["random predictor"]
         found.setdefault(name, {})[int(seed)] = run
     return found
 
@@ -136,11 +138,8 @@ def spectrum(found):
         ("attentive", "attentive probe"),
         ("learned predictor", "predictor finetuning"),
     )
-    measures = [m for m in measures if sum(m[0] in run for seeds in found.values() for run in seeds.values()) > 2]
-    figure, axes = plt.subplots(
-        1, len(measures), figsize=(4 * len(measures) + 2, 3.8), layout="constrained", squeeze=False
-    )
-    axes = axes[0]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained")
+    axes = axes.flat
     parts = {"x1": "strength 1", "sequence": "sequence", "jitter": "jitter only", "shallow": "2 blocks"}  # of a name
     for axis, (key, label) in zip(axes, measures):
         everything = []
@@ -159,13 +158,15 @@ def spectrum(found):
                 print(f"    within strength {strength}: {correlation(*zip(*points))}")
         axis.set(xlabel="MRR", ylabel=f"{label}, %", title=title)
         axis.title.set_fontsize(10)
+    points = [(run["mrr"], run["gain"]) for seeds in found.values() for run in seeds.values() if "gain" in run]
+    print(f"learned over random predictor against MRR: {correlation(*zip(*points))}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     save(figure, "spectrum.png")
 
 
 if __name__ == "__main__":
     found = runs()
-    columns = ("mrr", "knn", "linear", "attentive", "random predictor", "learned predictor", "encoder", "end-to-end")
+    columns = ("mrr", "knn", "linear", "attentive", "random predictor", "learned predictor", "gain")
     print(f"| run | seeds | {' | '.join(columns)} |\n{'|---' * (len(columns) + 2)}|")
     for name, seeds in found.items():
         cells = [[run[key] for run in seeds.values() if key in run] for key in columns]
