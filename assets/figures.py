@@ -129,6 +129,11 @@ def correlation(x, y) -> str:
     return f"r {r:+.2f} ({low:+.2f} to {high:+.2f}, n = {n})"
 
 
+def pairs(settings, key: str) -> list[tuple[float, float]]:
+    """MRR and one other measure of every run of these settings that has it."""
+    return [(run["mrr"], run[key]) for seeds in settings for run in seeds.values() if key in run]
+
+
 def spectrum(found):
     """Every world model of the grid (not I-JEPA, and not those that were not told the action): MRR against accuracy."""
     found = {name: seeds for name, seeds in found.items() if name not in ("ijepa", "none")}
@@ -142,24 +147,20 @@ def spectrum(found):
     axes = axes.flat
     parts = {"x1": "strength 1", "sequence": "sequence", "jitter": "jitter only", "shallow": "2 blocks"}  # of a name
     for axis, (key, label) in zip(axes, measures):
-        everything = []
         for i, (name, seeds) in enumerate(found.items()):
-            points = [(run["mrr"], run[key]) for run in seeds.values() if key in run]
-            everything += points
+            points = pairs([seeds], key)
             words = [word for part, word in parts.items() if part in name]
             words = words if "x1" in name else ["strength 2", *words]
             axis.plot(*zip(*points) if points else ([], []), "o", color=f"C{i}", label=", ".join(words))
-        title = correlation(*zip(*everything))
+        title = correlation(*zip(*pairs(found.values(), key)))
         print(f"{label} against MRR: {title}")
         for strength, same in ((1, True), (2, False)):  # the first have names in x1
-            inside = [seeds for name, seeds in found.items() if name.startswith("x1") is same]
-            points = [(run["mrr"], run[key]) for seeds in inside for run in seeds.values() if key in run]
+            points = pairs([seeds for name, seeds in found.items() if name.startswith("x1") is same], key)
             if len(points) > 3:
                 print(f"    within strength {strength}: {correlation(*zip(*points))}")
         axis.set(xlabel="MRR", ylabel=f"{label}, %", title=title)
         axis.title.set_fontsize(10)
-    points = [(run["mrr"], run["gain"]) for seeds in found.values() for run in seeds.values() if "gain" in run]
-    print(f"learned over random predictor against MRR: {correlation(*zip(*points))}")
+    print(f"learned over random predictor against MRR: {correlation(*zip(*pairs(found.values(), 'gain')))}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     save(figure, "spectrum.png")
 
