@@ -18,7 +18,8 @@ from finetune import read_rows  # noqa: E402
 from iwm import chance  # noqa: E402
 from train import mean_std  # noqa: E402
 
-GRID = HERE / "results" / "grid"  # NAME-sSEED.result.json and, of the same run, .finetune.jsonl
+RESULTS = HERE / "results"
+GRID = RESULTS / "grid"  # NAME-sSEED.result.json and, of the same run, .finetune.jsonl
 CHANCE = chance(256)
 plt.rcParams |= {"figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
 
@@ -27,8 +28,14 @@ def accuracies(rows: list[dict]) -> dict[str, dict[int, float]]:
     """Rows of a finetune.jsonl: name -> seed -> test accuracy in percent; of a row that is there twice the last counts."""
     scores = {}
     for row in rows:
-        scores.setdefault(row["row"], {})[row["seed"]] = 100 * row["test"]["classify"]
+        [score] = row["test"].values()  # of its only task
+        scores.setdefault(row["row"], {})[row["seed"]] = 100 * score
     return scores
+
+
+def seeds_of(name: str, ending: str) -> list[Path]:
+    """The file of a long run (seed 0), then those of the same run with other pretraining seeds."""
+    return [RESULTS / f"{name}.{ending}", *sorted(RESULTS.glob(f"{name}-s[0-9].{ending}"))]
 
 
 def runs() -> dict[str, dict[int, dict]]:
@@ -60,14 +67,15 @@ def conditioning(found):
             ("search/colour-sequence-no-layers", "the same without layers on the mask tokens", "C1--"),
             ("cifar-ijepa", "I-JEPA", "C2-"))  # fmt: skip
     for name, label, style in long:
-        points = [(m["step"], m["mrr"]) for m in read_rows(HERE / "results" / f"{name}.metrics.jsonl")]
-        left.plot(*zip(*points), style, marker=".", label=label)
+        for i, path in enumerate(seeds_of(name, "metrics.jsonl")):
+            points = [(m["step"], m["mrr"]) for m in read_rows(path)]
+            left.plot(*zip(*points), style, marker=".", label=None if i else label)
     for i, (name, colour) in enumerate((("none", "C2"), ("sequence", "C1"), ("feature", "C0"))):
         scores = [run["mrr"] for run in found.get(name, {}).values()]
         right.plot([i] * len(scores), scores, "o", color=colour)
     right.set_xticks(range(3), ("none", "sequence", "feature"))
     for axis, title in (
-        (left, "20,000 steps unless said, one seed, 16 held-out images"),
+        (left, "20,000 steps unless said, a line a seed, 16 held-out images"),
         (right, "2,000 steps, 64 test images"),
     ):
         axis.axhline(CHANCE, color="gray", linestyle=":")
@@ -99,21 +107,35 @@ def difficulty(found):
     save(figure, "difficulty.png")
 
 
+def finetuned(run: str, label: str, rows) -> list[list[float]]:
+    """Print a line of a table of finetuning and return its scores, a list for each row of finetune.py.
+
+    Over the pretraining seeds where there are several (of each the mean over finetuning seeds), else over finetuning seeds.
+    """
+    found = [accuracies(read_rows(path)) for path in seeds_of(run, "finetune.jsonl")]
+    scores = [[statistics.mean(one[row].values()) for one in found] for row in rows]
+    if len(found) == 1:
+        scores = [[*found[0][row].values()] for row in rows]
+    mrr = [json.loads(path.read_text())["trained"]["mrr"] for path in seeds_of(run, "result.json")]
+    print(f"| {label} | {len(found)} | {mean_std(mrr, 3)} | {' | '.join(mean_std(s, 1) for s in scores)} |")
+    return scores
+
+
 def finetuning():
-    """Accuracy by what is trained, of four checkpoints of 20,000 steps and more, mean and deviation over seeds."""
+    """Accuracy by what is trained, of models of 20,000 steps and more: mean and deviation. Then, in print, on shapes."""
     figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
     names = ("attentive", "random predictor", "learned predictor", "encoder", "end-to-end")
     models = {"ijepa": "I-JEPA", "strength1": "world model, strength 1", "feature": "world model, strength 2",
               "preset": "world model, the preset (28,000 steps)"}  # fmt: skip
-    print(f"| 20,000 steps (preset: 28,000) of | MRR | {' | '.join(names)} |\n{'|---' * 7}|")
+    print(f"| 20,000 steps (preset: 28,000) of | pretraining seeds | MRR | {' | '.join(names)} |\n{'|---' * 8}|")
     for i, (model, label) in enumerate(models.items()):
-        rows = read_rows(HERE / "results" / f"cifar-{model}.finetune.jsonl")
-        scores = [[*accuracies(rows)[name].values()] for name in names]
+        scores = finetuned(f"cifar-{model}", label, names)
         means, spreads = [statistics.mean(s) for s in scores], [statistics.stdev(s) for s in scores]
-        mrr = json.loads((HERE / "results" / f"cifar-{model}.result.json").read_text())["trained"]["mrr"]
-        print(f"| {label} | {mrr:.3f} | {' | '.join(mean_std(s, 1) for s in scores)} |")
         axis.errorbar([x + 0.15 * (i - 1.5) for x in range(5)], means, spreads, fmt="o", capsize=3, label=label)
-    sizes = {row["row"]: row["trainable"] / 1e6 for row in rows}
+    print(f"| on shapes | pretraining seeds | MRR | {' | '.join(names[:3])} |\n{'|---' * 6}|")
+    finetuned("shapes", "the preset", names[:3])
+    finetuned("shapes-ema0.98", "with `--ema 0.98`", names[:3])
+    sizes = {row["row"]: row["trainable"] / 1e6 for row in read_rows(RESULTS / "cifar-preset.finetune.jsonl")}
     axis.set_xticks(range(5), [f"{name}\n{sizes[name]:.2f} M" for name in names])
     axis.set(xlabel="what is trained, and its parameters", ylabel="CIFAR-10 test accuracy, %")
     axis.legend(frameon=False)
@@ -137,12 +159,18 @@ def pairs(settings, key: str) -> list[tuple[float, float]]:
 def spectrum(found):
     """Every world model of the grid (not I-JEPA, and not those that were not told the action): MRR against accuracy."""
     found = {name: seeds for name, seeds in found.items() if name not in ("ijepa", "none")}
+    strengths = ([seeds for name, seeds in found.items() if name.startswith("x1")],
+                 [seeds for name, seeds in found.items() if not name.startswith("x1")])  # fmt: skip
     measures = (
         ("linear", "linear probe"),
         ("knn", "kNN"),
         ("attentive", "attentive probe"),
         ("learned predictor", "predictor finetuning"),
     )
+    for key, label in (*measures, ("gain", "learned over random predictor")):
+        print(f"{label} against MRR: {correlation(*zip(*pairs(found.values(), key)))}")
+        for strength, settings in enumerate(strengths, start=1):
+            print(f"    within strength {strength}: {correlation(*zip(*pairs(settings, key)))}")
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained")
     axes = axes.flat
     parts = {"x1": "strength 1", "sequence": "sequence", "jitter": "jitter only", "shallow": "2 blocks"}  # of a name
@@ -153,14 +181,8 @@ def spectrum(found):
             words = words if "x1" in name else ["strength 2", *words]
             axis.plot(*zip(*points) if points else ([], []), "o", color=f"C{i}", label=", ".join(words))
         title = correlation(*zip(*pairs(found.values(), key)))
-        print(f"{label} against MRR: {title}")
-        for strength, same in ((1, True), (2, False)):  # the first have names in x1
-            points = pairs([seeds for name, seeds in found.items() if name.startswith("x1") is same], key)
-            if len(points) > 3:
-                print(f"    within strength {strength}: {correlation(*zip(*points))}")
         axis.set(xlabel="MRR", ylabel=f"{label}, %", title=title)
         axis.title.set_fontsize(10)
-    print(f"learned over random predictor against MRR: {correlation(*zip(*pairs(found.values(), 'gain')))}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     save(figure, "spectrum.png")
 
