@@ -914,6 +914,20 @@ class TestTrain:
         for name in iwm.Config.__dataclass_fields__:
             assert "--" + name.replace("_", "-") in result.stdout
 
+    @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
+    def test_freed_memory_is_kept_until_it_is_returned(self):
+        """Between steps the heap keeps what is freed (fast); after a measurement the system gets it back (no growth)."""
+        code = (
+            "import re, torch, train\n"
+            "resident = lambda: int(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024\n"
+            "train.keep_memory(); before = resident()\n"
+            "parts = [torch.ones(250_000) for _ in range(300)]; del parts; kept = resident()\n"
+            "train.return_memory(); print(kept - before, resident() - before)"
+        )
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, timeout=170)
+        kept, left = map(int, found.stdout.split())  # MiB, of 286
+        assert kept > 200 and left < 50
+
 
 class TestFolderCache:
     @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
