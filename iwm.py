@@ -148,7 +148,7 @@ class Config:
 
 PRESETS = {
     "shapes": Config(),  # two CPU cores: 6 to 8 minutes, 1.5 GiB, MRR 0.60 +- 0.04 (three seeds)
-    "cifar": Config(data="cifar10", steps=28_000, ema=0.99, measurements=10, mrr_images=128),  # a core: 2 h, 0.57 +- 0.05
+    "cifar": Config(data="cifar10", steps=28_000, ema=0.99, measurements=10, mrr_images=128),  # one core: 2 h, MRR 0.57
     "imagenet100": Config(  # not run yet
         data="", image_size=160, patch=16, width=384, depth=12, heads=6, pred_width=192, pred_depth=12,
         saturation=0.2, hue=0.1, steps=100_000, batch_size=256, ema=0.996,

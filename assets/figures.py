@@ -113,9 +113,10 @@ def finetuned(run: str, label: str, rows) -> list[list[float]]:
     Over the pretraining seeds where there are several (of each the mean over finetuning seeds), else over finetuning seeds.
     """
     found = [accuracies(read_rows(path)) for path in seeds_of(run, "finetune.jsonl")]
-    scores = [[statistics.mean(one[row].values()) for one in found] for row in rows]
     if len(found) == 1:
         scores = [[*found[0][row].values()] for row in rows]
+    else:
+        scores = [[statistics.mean(one[row].values()) for one in found] for row in rows]
     mrr = [json.loads(path.read_text())["trained"]["mrr"] for path in seeds_of(run, "result.json")]
     print(f"| {label} | {len(found)} | {mean_std(mrr, 3)} | {' | '.join(mean_std(s, 1) for s in scores)} |")
     return scores
@@ -142,18 +143,16 @@ def finetuning():
     save(figure, "finetuning.png")
 
 
-def correlation(x, y) -> str:
+def correlation(points: list[tuple[float, float]]) -> str:
     """Pearson's r and its 95 % interval (Fisher's z)."""
-    r, n = statistics.correlation(x, y), len(x)
-    if n < 4:
-        return f"r {r:+.2f} (n = {n})"
+    r, n = statistics.correlation(*zip(*points)), len(points)
     low, high = (math.tanh(math.atanh(r) + sign * 1.96 / math.sqrt(n - 3)) for sign in (-1, 1))
     return f"r {r:+.2f} ({low:+.2f} to {high:+.2f}, n = {n})"
 
 
 def pairs(settings, key: str) -> list[tuple[float, float]]:
-    """MRR and one other measure of every run of these settings that has it."""
-    return [(run["mrr"], run[key]) for seeds in settings for run in seeds.values() if key in run]
+    """MRR and one other measure of every run of these settings."""
+    return [(run["mrr"], run[key]) for seeds in settings for run in seeds.values()]
 
 
 def spectrum(found):
@@ -168,20 +167,18 @@ def spectrum(found):
         ("learned predictor", "predictor finetuning"),
     )
     for key, label in (*measures, ("gain", "learned over random predictor")):
-        print(f"{label} against MRR: {correlation(*zip(*pairs(found.values(), key)))}")
+        print(f"{label} against MRR: {correlation(pairs(found.values(), key))}")
         for strength, settings in enumerate(strengths, start=1):
-            print(f"    within strength {strength}: {correlation(*zip(*pairs(settings, key)))}")
+            print(f"    within strength {strength}: {correlation(pairs(settings, key))}")
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained")
     axes = axes.flat
     parts = {"x1": "strength 1", "sequence": "sequence", "jitter": "jitter only", "shallow": "2 blocks"}  # of a name
     for axis, (key, label) in zip(axes, measures):
         for i, (name, seeds) in enumerate(found.items()):
-            points = pairs([seeds], key)
             words = [word for part, word in parts.items() if part in name]
             words = words if "x1" in name else ["strength 2", *words]
-            axis.plot(*zip(*points) if points else ([], []), "o", color=f"C{i}", label=", ".join(words))
-        title = correlation(*zip(*pairs(found.values(), key)))
-        axis.set(xlabel="MRR", ylabel=f"{label}, %", title=title)
+            axis.plot(*zip(*pairs([seeds], key)), "o", color=f"C{i}", label=", ".join(words))
+        axis.set(xlabel="MRR", ylabel=f"{label}, %", title=correlation(pairs(found.values(), key)))
         axis.title.set_fontsize(10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     save(figure, "spectrum.png")
