@@ -21,12 +21,15 @@ the teacher) and is trained:
     end-to-end               learned         learned     attentive
     scratch                  random          random      attentive, everything trained
     attentive, random init   frozen, random  -           attentive
-    linear, encoder | predictor | K imagined: the student's latents; the predictor's under the null action; the mean of
-    K imagined variants. With several tasks: one network for all ("shared") or one for each task ("one each").
+    linear, encoder          the student's latents
+    linear, predictor        the predictor's output under the null action
+    linear, K imagined       the mean of K imagined variants
+
+With several tasks: one network for all ("shared") or one for each task ("one each").
     With --task segment a linear layer per patch, upsampled, is the head, and "attentive" reads "linear per patch".
 
 The predictor gets the latents of the clean image, a mask token at every position and the null action: it predicts the
-whole, untransformed image. Everything learned is trained at a tenth of the lr of everything random.
+whole, untransformed image. Everything learned is trained at a tenth of its row's lr, everything random at that lr.
 Rows are written to finetune.jsonl beside the checkpoint as soon as they are known; --resume skips those already there.
 """
 
@@ -55,7 +58,9 @@ import train
 from iwm import IWM, Config
 from train import die, to_float
 
-ROWS = {  # row: encoder, predictor, lr (attentive and both predictors: the better of 1e-3 and 3e-3 on CIFAR-10's val)
+# row: encoder, predictor, lr (attentive and both predictors: the better of 1e-3 and 3e-3 on CIFAR-10's val)
+# deviation: so a learned predictor has 0.3 of the lr of a random one, in the paper 0.1
+ROWS = {
     "attentive, random init": ("frozen, random", None, 3e-3),
     "attentive": ("frozen", None, 3e-3),
     "random predictor": ("frozen", "random", 1e-3),
@@ -288,7 +293,7 @@ def score(network: Network, name: str, task: Task, split: str, inputs: Tensor) -
 def fit(network: Network, tasks: dict[str, Task], inputs: dict, batch: int, lr: float, seed: int, args, title) -> bool:
     """Train everything that is not frozen, `batch` images of each task a step. -> whether the loss stayed finite
 
-    deviation: AdamW, a tenth of the steps warm-up, then a cosine to 0; the learned encoder too has the lower lr.
+    deviation: AdamW, a cosine to 0 times a warm-up over a tenth of the steps; the learned encoder too has the lower lr.
     """
     learned, device = {id(p) for p in network.learned}, next(network.parameters()).device
     groups = {}  # (lr, weight decay) -> parameters; no decay on biases, norms and tokens, as in pretraining

@@ -70,12 +70,12 @@ class Config:
     blur_prob: float = setting(0.2, "probability of blur on the source view", 0, 1)
     gray_prob: float = setting(0.2, "probability of grayscale on the source view", 0, 1)
     solarize_prob: float = setting(0.1, "probability of solarisation on the source view", 0, 1)
-    crop_min: float = setting(0.3, "smallest area of the random crop, as a share of the image; 1 is no crop", 1e-3, 1)
+    crop_min: float = setting(0.3, "smallest area drawn for the crop, as a share of the image; 1 is no crop", 1e-3, 1)
     # masks
     blocks: int = setting(4, "rectangles whose union is masked", 1)
     block_min: float = setting(0.15, "smallest area of a rectangle, as a share of the image", 1e-3, 0.99)
     block_max: float = setting(0.20, "largest area of a rectangle, as a share of the image", 1e-3, 0.99)
-    context: float = setting(0.56, "share of patches the encoder sees; far from 0.56 fit the blocks too", 1e-3, 0.999)
+    context: float = setting(0.56, "share of patches the encoder sees (0.56 suits the blocks above)", 1e-3, 0.999)
     # encoder
     patch: int = setting(4, "side of a patch, in pixels", 1)
     width: int = setting(128, "width D of the encoder", 1)
@@ -90,7 +90,8 @@ class Config:
     steps: int = setting(2400, "optimiser steps", 1)
     batch_size: int = setting(64, "images a step", 1)
     lr: float = setting(1e-3, "peak learning rate; try lowering it when RankMe falls towards 1 (collapse)", 1e-12, 100)
-    warmup: float = setting(0.1, "share of the steps in which the learning rate rises", 0, 1)
+    warmup: float = setting(0.1, "share of the schedule in which the learning rate rises", 0, 1)
+    stretch: float = setting(1.0, "length of the schedules in runs (1.25: a run ends before their last fifth)", 1, 100)
     weight_decay: float = setting(0.04, "weight decay of AdamW at the start (none on biases and norms)", 0, 100)
     weight_decay_end: float = setting(0.4, "weight decay at the end, reached along a cosine", 0, 100)
     ema: float = setting(0.995, "teacher's first momentum, rises linearly to 1; averages about 1/(1-ema) steps", 0, 1)
@@ -100,7 +101,7 @@ class Config:
     bank: int = setting(256, "variants V of an image that MRR ranks", 2)
     mrr_images: int = setting(32, "test images that MRR averages over (while training: at most 16 held-out ones)", 1)
     # machine
-    bf16: bool = setting(True, "forward and backward in bfloat16 (weights and optimiser stay float32)")
+    bf16: bool = setting(True, "forward and backward in bfloat16 (weights and optimiser stay float32; not on mps)")
     compile: bool = setting(False, "torch.compile the networks: minutes at the start, faster steps after")
 
     def __post_init__(self):
@@ -172,12 +173,12 @@ def grayscale(images: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """factor * images + (1 - factor) * other, kept in 0..1. factor: [B, 1, 1, 1]."""
+    """factor * images + (1 - factor) * other, in 0..1. images, other: [B, 3, S, S] or broadcast, factor: [B, 1, 1, 1]."""
     return torch.lerp(other, images, factor).clamp(0, 1)
 
 
 def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue by `turns` ([B, 1, 1], 1 = the whole colour wheel). images: [B, 3, S, S] in 0..1."""
+    """Rotate the hue by `turns` ([B, 1, 1], 1 = the whole colour wheel). images: [B, 3, S, S] in 0..1 -> same."""
     r, g, b = images.unbind(dim=1)
     low = images.amin(dim=1)
     chroma = images.amax(dim=1) - low
@@ -236,7 +237,8 @@ def solarize(images: Tensor) -> Tensor:
 def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
     """Random resized crop (area crop_min..1, width / height 3/4..4/3) and flip. -> [B, 3, S, S], S = image_size.
 
-    deviation: the paper's scale and aspect are not known; these are I-JEPA's scale and torchvision's aspect.
+    deviation: the paper's scale and aspect are not known; these are I-JEPA's scale and torchvision's aspect. A side
+    longer than the image's is cut to it, where torchvision draws again: some crops are smaller than drawn.
     """
     B = len(images)
     u_area, u_aspect, u_x, u_y, u_flip = torch.rand(5, B, device=images.device, generator=generator)  # uniform in 0..1
@@ -285,8 +287,8 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
 
     params_x = jitter_params(B, config, generator, device)
     probs = torch.tensor([config.blur_prob, config.gray_prob, config.solarize_prob], device=device)
-    flags = (torch.rand(B, len(probs), device=device, generator=generator) < probs).float()
-    blurred, gray, solarized = (flags[:, :, None, None, None] == 1).unbind(dim=1)
+    flags = torch.rand(B, len(probs), device=device, generator=generator) < probs
+    blurred, gray, solarized = flags[:, :, None, None, None].unbind(dim=1)
     low, high = blur_sigma(config.image_size)
     sigma = low + (high - low) * torch.rand(B, device=device, generator=generator)
     x = jitter(images, params_x)
@@ -357,7 +359,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for [B, heads, tokens, d]."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
-    # on a CPU, for the few dozen tokens here, the fused kernel is up to ten times slower in bfloat16
+    # elsewhere by hand: on a CPU, for the few dozen tokens here, the fused kernel is up to ten times slower in bfloat16
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
 
 
@@ -564,7 +566,10 @@ def bank_actions(params: Tensor, config: Config) -> Tensor:
 
 
 def sweep_params(component: int, config: Config, n: int = 16) -> Tensor:
-    """Jitter parameters that sweep one component over its range, the others at identity. -> [n, 4]."""
+    """Jitter parameters that sweep one component over its range, the others at identity. -> [n, 4].
+
+    A hue of half a turn either way is one image, at both ends of such a sweep: error_hue then cannot be 0.
+    """
     params = IDENTITY.repeat(n, 1)
     low, high = config.jitter_range[:, component].tolist()
     params[:, component] = torch.linspace(low, high, n)
@@ -605,7 +610,10 @@ def measure_world_model(model: IWM, images: Tensor, generator=None) -> dict[str,
 
 
 def rankme(features: Tensor) -> float:
-    """Effective rank of features [n, D]: exp of the entropy of their singular values (RankMe). 1 = collapsed."""
+    """Effective rank of features [n, D]: exp of the entropy of their singular values (RankMe).
+
+    Between 1 (collapsed) and min(n, D); NaN if a feature is not finite.
+    """
     if not features.isfinite().all():
         return math.nan
     s = torch.linalg.svdvals(features.float().cpu())

@@ -262,13 +262,14 @@ class TestViews:
     def test_the_source_is_jittered_then_blurred_then_greyed_then_solarised(self):
         off = self.OFF | {"jitter_prob": 1.0, "brightness": 0.0, "saturation": 0.0, "hue": 0.0}
         plain, _, a = iwm.make_views(some_images(), replace(TINY, **off), seeded())
-        x, _, b = iwm.make_views(
-            some_images(), replace(TINY, **off | {"gray_prob": 1.0, "solarize_prob": 1.0}), seeded()
-        )
-        assert torch.equal(a[:, :4], b[:, :4]), "the flags must not change what jitter draws"
-        gray = TF.rgb_to_grayscale(plain)
-        expected = torch.where(gray >= 0.5, 1 - gray, gray).expand(-1, 3, -1, -1)
-        assert ((x - expected).abs() < 1e-4).float().mean() > 0.99, "x is jittered, then greyed, then solarised"
+        blurred, _, _ = iwm.make_views(some_images(), replace(TINY, **off | {"blur_prob": 1.0}), seeded())
+        for before, blur in ((plain, 0.0), (blurred, 1.0)):
+            flags = {"blur_prob": blur, "gray_prob": 1.0, "solarize_prob": 1.0}
+            x, _, b = iwm.make_views(some_images(), replace(TINY, **off | flags), seeded())
+            assert torch.equal(a[:, :4], b[:, :4]), "the flags must not change what jitter draws"
+            gray = TF.rgb_to_grayscale(before)
+            expected = torch.where(gray >= 0.5, 1 - gray, gray).expand(-1, 3, -1, -1)
+            assert ((x - expected).abs() < 1e-4).float().mean() > 0.99, "jittered, blurred, greyed, then solarised"
 
     @pytest.mark.parametrize("flag, name", list(enumerate(["blur_prob", "gray_prob", "solarize_prob"])))
     def test_each_flag_stands_for_its_operation_on_x(self, flag, name):
@@ -702,11 +703,17 @@ class TestRecipe:
         )
         assert momentum[0] == 0.99 and abs(momentum[500] - 0.995) < 1e-6 and momentum[-1] < 1
 
+    def test_stretched_schedules_are_the_start_of_a_longer_run(self):
+        whole, cut = iwm.Config(steps=1000), iwm.Config(steps=800, stretch=1.25)
+        assert [train.schedule(i, cut) for i in range(800)] == [train.schedule(i, whole) for i in range(800)]
+
     def test_biases_are_not_decayed_and_the_teacher_is_not_optimised(self):
         model = tiny(conditioning="sequence")
         decayed, others = train.make_optimizer(model, TINY).param_groups
         names = {id(p): name for name, p in model.named_parameters()}
-        assert others["weight_decay"] == 0
+        assert others["weight_decay"] == 0 and decayed["weight_decay"] > 0
+        matrices = [p for p in model.predictor.blocks.parameters() if p.ndim == 2]
+        assert {id(p) for p in matrices} <= {id(p) for p in decayed["params"]}, "matrices are decayed"
         assert not [names[id(p)] for p in decayed["params"] if names[id(p)].endswith("bias") or p.ndim < 2]
         trained = [*model.encoder.parameters(), *model.predictor.parameters()]
         assert len(decayed["params"]) + len(others["params"]) == len(trained)
@@ -756,6 +763,21 @@ def folder(tmp_path_factory):
 
 
 class TestTrain:
+    def test_the_loop_follows_the_schedules(self, folder, tmp_path, monkeypatch, capsys):
+        """After one step with momentum 0 the teacher is the encoder; lr and weight decay are those of the step."""
+        flags = [*tiny_run(folder, tmp_path / "run"), *"--steps 1 --ema 0 --lr 0.01 --warmup 0.5 --stretch 100".split()]
+        code, out = call(train, monkeypatch, capsys, *flags)
+        assert code == 0, out
+        state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+        lr, weight_decay, _ = train.schedule(0, iwm.Config(**state["config"]))
+        groups = state["optimizer"]["param_groups"]
+        assert [group["lr"] for group in groups] == [lr, lr] == [0.0002, 0.0002]
+        assert [group["weight_decay"] for group in groups] == [weight_decay, 0]
+        for name, weight in state["model"].items():
+            if name.startswith("encoder."):
+                follower = state["model"][name.replace("encoder.", "teacher.", 1)]
+                assert torch.equal(weight, follower), "the teacher follows after the optimiser's step"
+
     def test_a_run_leaves_its_folder_and_a_resumed_one_is_equal(self, folder, tmp_path):
         """8 steps (an epoch has 5) in one go, and the same stopped after 3 and resumed: equal weights and metrics."""
         flags = f"--data {{}} --preset cifar {TINY_FLAGS} --steps 8".split()
@@ -913,6 +935,7 @@ class TestTrain:
         assert result.returncode == 0
         for name in iwm.Config.__dataclass_fields__:
             assert "--" + name.replace("_", "-") in result.stdout
+        assert all(len(f.metadata["help"]) > 10 for f in fields(iwm.Config)), "a setting without an explanation"
 
     @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
     def test_freed_memory_is_kept_until_it_is_returned(self):
@@ -1016,6 +1039,11 @@ class TestDevices:
             "    torch.save(images, os.path.join(os.environ['KEEP'], os.environ['RANK']))\n"
             "    return loss(self, images, generator)\n"
             "iwm.IWM.forward = kept\n"
+            "replace = os.replace\n"
+            "def by_rank_0(aside, path):\n"
+            "    assert os.environ['RANK'] == '0', f'rank 1 writes {path}'\n"
+            "    replace(aside, path)\n"
+            "os.replace = by_rank_0\n"
             "runpy.run_module('train', run_name='__main__')\n"
         )
         flags = tiny_run(folder, tmp_path / "run")
@@ -1112,8 +1140,12 @@ class TestFinetune:
             finetune.fit(
                 network, tasks, finetune.inputs_of(network, row, tasks, 1, self.ARGS, {}), 8, 1e-2, 1, self.ARGS, ""
             )
-        ends, scratch = ([group["initial_lr"] for group in optimizer.param_groups] for optimizer in made)
-        assert {round(lr, 6) for lr in ends} == {1e-2, 1e-3} and {round(lr, 6) for lr in scratch} == {1e-2}
+            groups = made[-1].param_groups
+            lrs = {id(p): round(group["initial_lr"], 6) for group in groups for p in group["params"]}
+            for part in ("encoder", "predictor", "heads"):
+                lr = 1e-3 if row == "end-to-end" and part != "heads" else 1e-2
+                found = [lrs[id(p)] for p in getattr(network, part).parameters() if id(p) in lrs]
+                assert found and set(found) == {lr}, f"{row}: the {part} must be trained at {lr}"
 
     def test_finetuning_task_tokens_tell_the_predictor_what_is_asked(self):
         network, images = self.network("learned predictor", tiny(), "shape", "colour"), train.shapes(4, 3)["images"]

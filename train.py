@@ -277,7 +277,10 @@ def autocast(config: Config, device: torch.device):
 
 @torch.no_grad()
 def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: int) -> dict[str, float]:
-    """World-model measures on the clean images of a split; probes of the mean-pooled teacher, trained on train."""
+    """MRR and its kin on the first `mrr_images` clean images of a split, the probes (accuracies in 0..1) on all of them.
+
+    The probes read the teacher's mean-pooled latents and are fitted on the first `probe_images` training images.
+    """
     (images, labels), (train_images, train_labels) = data[split], (part[:probe_images] for part in data["train"])
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
@@ -480,13 +483,17 @@ def leave():
 
 
 def schedule(step: int, config: Config) -> tuple[float, float, float]:
-    """Learning rate (linear warm-up, cosine to 1e-6), weight decay (cosine), teacher's momentum (linear to 1)."""
-    warmup, done = config.warmup * config.steps, step / config.steps
+    """Learning rate (linear warm-up, cosine to 1e-6), weight decay (cosine), teacher's momentum (linear to 1).
+
+    All three as if the run were `stretch` times as long (V-JEPA's configurations: 1.25, without the warm-up).
+    """
+    total = config.steps * config.stretch
+    warmup, done = config.warmup * total, step / total
 
     def cosine(first, last, share):
         return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
 
-    lr = cosine(config.lr, 1e-6, max(step - warmup, 0) / max(config.steps - warmup, 1))
+    lr = cosine(config.lr, 1e-6, max(step - warmup, 0) / max(total - warmup, 1))
     if step + 1 < warmup:
         lr = config.lr * (step + 1) / warmup
     weight_decay = cosine(config.weight_decay, config.weight_decay_end, done)
@@ -529,7 +536,7 @@ def main():
     if args.resume and (args.out / "last.pt").exists():
         try:
             state = torch.load(args.out / "last.pt", map_location=device, weights_only=True)
-            assert state["config"] == asdict(config), "it has another configuration"
+            assert Config(**state["config"]) == config, "it has another configuration"
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             start, seconds, metrics, losses = (state[name] for name in ("step", "seconds", "metrics", "losses"))
