@@ -483,17 +483,13 @@ def leave():
 
 
 def schedule(step: int, config: Config) -> tuple[float, float, float]:
-    """Learning rate (linear warm-up, cosine to 1e-6), weight decay (cosine), teacher's momentum (linear to 1).
-
-    All three as if the run were `stretch` times as long (V-JEPA's configurations: 1.25, without the warm-up).
-    """
-    total = config.steps * config.stretch
-    warmup, done = config.warmup * total, step / total
+    """Learning rate (linear warm-up, cosine to 1e-6), weight decay (cosine), teacher's momentum (linear to 1)."""
+    warmup, done = config.warmup * config.steps, step / config.steps
 
     def cosine(first, last, share):
         return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
 
-    lr = cosine(config.lr, 1e-6, max(step - warmup, 0) / max(total - warmup, 1))
+    lr = cosine(config.lr, 1e-6, max(step - warmup, 0) / max(config.steps - warmup, 1))
     if step + 1 < warmup:
         lr = config.lr * (step + 1) / warmup
     weight_decay = cosine(config.weight_decay, config.weight_decay_end, done)

@@ -34,8 +34,8 @@ def accuracies(rows: list[dict]) -> dict[str, dict[int, float]]:
 
 
 def seeds_of(name: str, ending: str) -> list[Path]:
-    """The files of a long run: NAME (pretraining seed 0) and NAME-sSEED."""
-    return sorted([*RESULTS.glob(f"{name}.{ending}"), *RESULTS.glob(f"{name}-s[0-9].{ending}")])
+    """The file of a long run (seed 0), then those of the same run with other pretraining seeds."""
+    return [RESULTS / f"{name}.{ending}", *sorted(RESULTS.glob(f"{name}-s[0-9].{ending}"))]
 
 
 def runs() -> dict[str, dict[int, dict]]:
@@ -61,8 +61,7 @@ def save(figure, name: str):
 def conditioning(found):
     """MRR over training (the long runs, one seed) and at the end of short runs (each seed a point)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", width_ratios=(2, 1))
-    long = (("cifar-preset", "feature, colour x 3, the preset: 22,400 steps", "C3-"),
-            ("cifar-28000-steps", "feature, colour x 3, 28,000 steps, whole schedule", "C5-"),
+    long = (("cifar-preset", "feature, colour x 3, 28,000 steps (the preset)", "C3-"),
             ("cifar-colour", "feature, colour x 3", "C3--"), ("cifar-feature", "feature, strength 2", "C0-"),
             ("cifar-strength1", "feature, strength 1", "C0--"), ("cifar-colour-sequence", "sequence, colour x 3", "C1-"),
             ("search/colour-sequence-no-layers", "the same without layers on the mask tokens", "C1--"),
@@ -128,17 +127,16 @@ def finetuning():
     figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
     names = ("attentive", "random predictor", "learned predictor", "encoder", "end-to-end")
     models = {"ijepa": "I-JEPA", "strength1": "world model, strength 1", "feature": "world model, strength 2",
-              "28000-steps": "world model, colour x 3, 28,000 steps",
-              "preset": "world model, the preset (22,400 steps)"}  # fmt: skip
-    print(f"| 20,000 steps unless said, of | pretraining seeds | MRR | {' | '.join(names)} |\n{'|---' * 8}|")
+              "preset": "world model, the preset (28,000 steps)"}  # fmt: skip
+    print(f"| 20,000 steps (preset: 28,000) of | pretraining seeds | MRR | {' | '.join(names)} |\n{'|---' * 8}|")
     for i, (model, label) in enumerate(models.items()):
         scores = finetuned(f"cifar-{model}", label, names)
         means, spreads = [statistics.mean(s) for s in scores], [statistics.stdev(s) for s in scores]
-        axis.errorbar([x + 0.13 * (i - 2) for x in range(5)], means, spreads, fmt="o", capsize=3, label=label)
+        axis.errorbar([x + 0.15 * (i - 1.5) for x in range(5)], means, spreads, fmt="o", capsize=3, label=label)
     print(f"| on shapes | pretraining seeds | MRR | {' | '.join(names[:3])} |\n{'|---' * 6}|")
     finetuned("shapes", "the preset", names[:3])
     finetuned("shapes-ema0.98", "with `--ema 0.98`", names[:3])
-    sizes = {row["row"]: row["trainable"] / 1e6 for row in read_rows(RESULTS / "cifar-28000-steps.finetune.jsonl")}
+    sizes = {row["row"]: row["trainable"] / 1e6 for row in read_rows(RESULTS / "cifar-preset.finetune.jsonl")}
     axis.set_xticks(range(5), [f"{name}\n{sizes[name]:.2f} M" for name in names])
     axis.set(xlabel="what is trained, and its parameters", ylabel="CIFAR-10 test accuracy, %")
     axis.legend(frameon=False)
