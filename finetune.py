@@ -26,7 +26,7 @@ the teacher) and is trained:
     linear, K imagined       the mean of K imagined variants
 
 With several tasks: one network for all ("shared") or one for each task ("one each").
-    With --task segment a linear layer per patch, upsampled, is the head, and "attentive" reads "linear per patch".
+With --task segment a linear layer per patch, upsampled, is the head, and "attentive" reads "linear per patch".
 
 The predictor gets the latents of the clean image, a mask token at every position and the null action: it predicts the
 whole, untransformed image. Everything learned is trained at a tenth of its row's lr, everything random at that lr.
