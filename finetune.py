@@ -7,6 +7,7 @@
     python finetune.py runs/shapes/last.pt --protocol average          # a linear probe on K imagined variants' mean
     python finetune.py runs/shapes/last.pt --protocol factors          # what the latents of each network hold
     python finetune.py runs/shapes/finetune.jsonl                      # print the rows found so far
+    python finetune.py runs/*/finetune.jsonl                           # of several pretraining seeds: mean and deviation
 
 The rows of a table. "Frozen" is the checkpoint's EMA teacher; "learned" starts from the checkpoint (the encoder from
 the teacher) and is trained:
@@ -418,7 +419,8 @@ def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int, poo
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="last.pt of a run of train.py or its folder; a finetune.jsonl: print its tables")
+    add("checkpoint", type=Path, nargs="+", help="last.pt of a run of train.py or its folder; a finetune.jsonl: print "
+        "its tables; several of them, from runs that differ in their seed: mean and deviation over the runs")  # fmt: skip
     add("--protocol", choices=PROTOCOLS, default="predictor", help="which rows (default: predictor and its controls)")
     add("--task", default="classify", help="classify | segment | a list: factors of shapes (shape,colour,texture,"
         "background), data sets (cifar10,cifar100) or folders. factors takes all four factors by itself")  # fmt: skip
@@ -438,8 +440,10 @@ def parse(argv=None) -> argparse.Namespace:
     add("--resume", action="store_true", help="skip the rows that finetune.jsonl has from the same settings")
     parser.error = lambda message: die(f"{message}; see --help")  # one line instead of the list of all flags
     args = parser.parse_args(argv)
-    if args.checkpoint.is_dir():
-        args.checkpoint /= "last.pt"
+    args.files = [file / "last.pt" if file.is_dir() else file for file in args.checkpoint]
+    args.checkpoint = args.files[0]
+    if len(args.files) > 1 and {file.suffix for file in args.files} != {".jsonl"}:
+        die("one checkpoint at a time: only finetune.jsonl files can be several")
     args.tasks = list(FACTORS if args.protocol == "factors" and args.task == "classify" else args.task.split(","))
     try:
         args.lr = [float(lr) for lr in args.lr.split(",")] if args.lr else []
@@ -491,14 +495,37 @@ def append(file: Path, text: str):
         die(f"cannot write {file}: {error}")
 
 
+def by_settings(records: list[dict], *ignored: str) -> dict[str, dict[str, dict[int, dict]]]:
+    """settings (as JSON) -> row -> seed -> record; where a row was computed twice the last one counts."""
+    others, found = ("row", "seed", "val", "test", "lr", "trainable", "encoder", "seconds", *ignored), {}
+    for record in records:
+        settings = json.dumps({name: value for name, value in record.items() if name not in others})
+        found.setdefault(settings, {}).setdefault(record["row"], {})[record["seed"]] = record
+    return found
+
+
+def over_runs(runs: list[list[dict]]) -> list[dict]:
+    """The records of several checkpoints as if they were of one, whose seeds are the checkpoints.
+
+    Of a checkpoint a row's score is the mean over its finetuning seeds. A row that some checkpoint lacks is left out.
+    """
+    pooled = []
+    tables = [by_settings(records, "checkpoint") for records in runs]
+    for settings, rows in tables[0].items():
+        for row in rows:
+            found = [[*table.get(settings, {}).get(row, {}).values()] for table in tables]
+            if all(found):
+                name = " ".join(seeds[0]["checkpoint"] for seeds in found)
+                for seed, same in enumerate(found):
+                    test = {task: statistics.mean(r["test"][task] for r in same) for task in same[0]["test"]}
+                    pooled.append(same[0] | {"seed": seed, "checkpoint": name, "test": test})
+    return pooled
+
+
 def describe(records: list[dict]) -> str:
     """A Markdown table for each set of settings, with its heading: percent, mean and deviation over the seeds."""
-    results, tables = ("row", "seed", "val", "test", "lr", "trainable", "encoder", "seconds"), {}
-    for record in records:  # the last one counts where a row was computed twice
-        settings = json.dumps({name: value for name, value in record.items() if name not in results})
-        tables.setdefault(settings, {}).setdefault(record["row"], {})[record["seed"]] = record
     text = []
-    for settings, rows in tables.items():
+    for settings, rows in by_settings(records).items():
         now = json.loads(settings)
         measure = "mIoU" if now["tasks"] == ["segment"] else "accuracy"
         how = [f"{Path(now['data']).name}, {measure} on test images in %; {now['labels'] or 'all'} training labels"]
@@ -527,11 +554,12 @@ def main():
     args = parse()
     if args.checkpoint.suffix == ".jsonl":
         try:
-            tables = describe(read_rows(args.checkpoint))
+            runs = [read_rows(file) for file in args.files]
+            tables = describe(over_runs(runs) if len(runs) > 1 else runs[0])
         except (KeyError, TypeError):
-            die(f"{args.checkpoint} is not a finetune.jsonl of this version of finetune.py")
+            die(f"{' '.join(map(str, args.files))}: no finetune.jsonl of this version of finetune.py")
         if not tables:
-            die(f"{args.checkpoint} has no rows of finetune.py")
+            die(f"{' '.join(map(str, args.files))}: no rows of finetune.py" + " in common" * (len(runs) > 1))
         print(tables)
         return
     if train.WORLD > 1:

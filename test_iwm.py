@@ -1196,6 +1196,23 @@ class TestFinetune:
         code, kept = call(finetune, monkeypatch, capsys, checkpoint.parent / "finetune.jsonl")
         assert [line for line in kept.splitlines() if line.startswith("|")] == table
 
+    def test_rows_of_several_checkpoints_make_one_table_over_the_checkpoints(self, tmp_path, monkeypatch, capsys):
+        files = []
+        for name, scores in {"a": {"p": (0.1, 0.3), "q": (0.5,)}, "b": {"q": (0.9,), "p": (0.6,)}}.items():
+            records = [
+                dict(row=row, seed=seed, tasks=["x"], labels=0, steps=5, batch_size=8, augment=False, data="d", lrs=[],
+                     checkpoint=name, encoder=10, test={"x": score}, lr=[], trainable=5, seconds=1, **finetune.USUAL)
+                for row, seeds in ({"only here": (0.2,)} | scores if name == "a" else scores).items()
+                for seed, score in enumerate(seeds)
+            ]  # fmt: skip
+            files.append(tmp_path / f"{name}.jsonl")
+            files[-1].write_text("".join(json.dumps(record) + "\n" for record in records))
+        code, out = call(finetune, monkeypatch, capsys, *files)
+        lines = [line.split(" | ")[0:4:3] for line in out.splitlines() if line.startswith("|")]
+        assert code == 0 and lines[2:] == [["| p", "40.0 ± 28.3"], ["| q", "70.0 ± 28.3"]], out
+        code, out = call(finetune, monkeypatch, capsys, files[0], tmp_path)  # a file and a run
+        assert code == 2 and "one checkpoint" in out
+
     @pytest.mark.parametrize("flags, row", [
         (["--task", "shape,colour"], "learned predictor, one each"), (["--task", "segment"], "linear per patch"),
         (["--protocol", "factors"], "linear, predictor"), (["--protocol", "table", "--augment"], "scratch"),

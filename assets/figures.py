@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from finetune import read_rows  # noqa: E402
+from finetune import over_runs, read_rows  # noqa: E402
 from iwm import chance  # noqa: E402
 from train import mean_std  # noqa: E402
 
@@ -112,11 +112,9 @@ def finetuned(run: str, label: str, rows) -> list[list[float]]:
 
     Over the pretraining seeds where there are several (of each the mean over finetuning seeds), else over finetuning seeds.
     """
-    found = [accuracies(read_rows(path)) for path in seeds_of(run, "finetune.jsonl")]
-    if len(found) == 1:
-        scores = [[*found[0][row].values()] for row in rows]
-    else:
-        scores = [[statistics.mean(one[row].values()) for one in found] for row in rows]
+    found = [read_rows(path) for path in seeds_of(run, "finetune.jsonl")]
+    by_row = accuracies(over_runs(found) if len(found) > 1 else found[0])
+    scores = [[*by_row[row].values()] for row in rows]
     mrr = [json.loads(path.read_text())["trained"]["mrr"] for path in seeds_of(run, "result.json")]
     print(f"| {label} | {len(found)} | {mean_std(mrr, 3)} | {' | '.join(mean_std(s, 1) for s in scores)} |")
     return scores
