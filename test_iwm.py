@@ -651,6 +651,15 @@ class TestMRR:
         perfect = result["mrr"] > 0.999 and result["hit1"] > 0.999 and result["error_hue"] < 0.01
         assert perfect, "the actions do not lead from the clean image to the variants of the bank"
 
+        def noisy(image, action):
+            """Errors that differ from patch to patch and from action to action, and cancel in the mean over the patches."""
+            noise = torch.randn(len(action), model.config.grid**2, model.config.width, generator=seeded())
+            return oracle(image, action) + 100 * (noise - noise.mean(dim=1, keepdim=True))
+
+        model.imagine = noisy
+        result = iwm.measure_world_model(model, torch.rand(2, 3, 32, 32), seeded())
+        assert result["mrr"] < 0.1 and result["mrr_pooled"] > 0.9, "pooled: means over the patches are compared"
+
     def test_sweeps_cover_the_range_of_one_component(self):
         params = iwm.sweep_params(3, TINY, n=5)
         close(params[:, 3], torch.tensor([-0.1, -0.05, 0.0, 0.05, 0.1]), "hue from one end of its range to the other")
@@ -799,6 +808,7 @@ class TestTrain:
             "target_std",
             "rankme",
             "mrr",
+            "mrr_pooled",
             "chance",
             "hit1",
             "knn",
@@ -908,14 +918,19 @@ class TestTrain:
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.json").write_text("{}")
             if mrr:
-                found = {key: mrr for key in ("mrr", "hit1", "knn", "linear")}
+                found = {key: mrr for key in ("mrr", "hit1", "knn", "linear")} | (
+                    {"mrr_pooled": mrr} if name == "c" else {}
+                )
                 result = {"config": asdict(iwm.Config(**changes)), "trained": found, "random": found, "seconds": 60}
                 (tmp_path / name / "result.json").write_text(json.dumps(result))
         code, out = call(train, monkeypatch, capsys, "--table", *(tmp_path / name for name in "abcd"))
         lines = [line for line in out.splitlines() if line.startswith("| shapes")]
         assert not code and len(lines) == 2 and f"{tmp_path / 'd'} is no finished run" in out
-        assert "| --preset shapes | 0.0239 | 2 | 0.300 ± 0.141 |" in lines[0] and "30.0 ± 14.1" in lines[0]
-        assert "--pred-depth 2 | 0.0239 | 1 | 0.100 |" in lines[1]
+        assert (
+            "| --preset shapes | 0.0239 | 2 | 0.300 ± 0.141 | 0.300 ± 0.141 | - | - |" in lines[0]
+            and "30.0 ± 14.1" in lines[0]
+        )
+        assert "--pred-depth 2 | 0.0239 | 1 | 0.100 | 0.100 | 0.100 | 0.100 |" in lines[1]
         code, out = call(train, monkeypatch, capsys, "--preset", "cifar", "--table", tmp_path / "a")
         assert not code and "| --preset cifar " in out and "--steps 2400 " in out
         for missing in ({"config"}, {"trained"}, {"seconds"}, set(result)):

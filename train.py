@@ -642,7 +642,9 @@ def main():
 
 
 def mean_std(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; of a single value just the value."""
+    """Mean ± standard deviation; of a single value just the value; "-" where one is not known (NaN)."""
+    if any(map(math.isnan, values)):
+        return "-"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
@@ -652,7 +654,9 @@ def table(paths: list[Path], presets: list[str]) -> str:
 
     A run is named by its flags on top of one of the presets, the one that leaves the fewest.
     """
-    rows, keys = {}, {"mrr": ("MRR", 1), "hit1": ("H@1", 1), "knn": ("kNN %", 100), "linear": ("linear %", 100)}
+    keys = {"mrr": ("MRR", 1), "mrr_pooled": ("pooled MRR", 1), "hit1": ("H@1", 1), "knn": ("kNN %", 100),
+            "linear": ("linear %", 100)}  # fmt: skip
+    rows = {}
     for path in paths:
         file = path / "result.json" if path.is_dir() else path
         if path.is_dir() and not file.exists():
@@ -662,9 +666,11 @@ def table(paths: list[Path], presets: list[str]) -> str:
         try:
             result = json.loads(file.read_text())
             config = Config(**result["config"])
+            for measures in (result["trained"], result["random"]):
+                measures.setdefault("mrr_pooled", math.nan)  # runs from before it was measured
             found = [factor * result[who][key] for key, (_, factor) in keys.items() for who in ("trained", "random")]
             found.append(result["seconds"] / 60)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             die(f"{file} is no result.json of a finished run: {brief(error)}")
         settings = {n: v for n, v in asdict(config).items() if n not in ("seed", "data", "measurements", "mrr_images")}
         names = []  # of this run, as flags on top of each preset
@@ -685,7 +691,7 @@ def table(paths: list[Path], presets: list[str]) -> str:
     measures = " | ".join(f"{label} | random init" for label, _ in keys.values())
     lines = [f"| data | run | MRR by chance | seeds | {measures} | minutes |", "|---" * (2 * len(keys) + 5) + "|"]
     for row, seeds in rows.items():
-        cells = [mean_std(values, digits) for values, digits in zip(zip(*seeds.values()), (3, 3, 3, 3, 1, 1, 1, 1, 0))]
+        cells = [mean_std(values, digits) for values, digits in zip(zip(*seeds.values()), [3] * 6 + [1] * 4 + [0])]
         lines.append(f"| {' | '.join(row)} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -710,7 +716,8 @@ def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
     write_whole(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     classes = int(data["train"][1].max()) + 1
     print(f"\n{'test images':24} {'this run':>9} {'random init':>12} {'chance':>8}")
-    rows = [("mrr", f"MRR (bank of {config.bank})", iwm.chance(config.bank)), ("hit1", "H@1", 1 / config.bank),
+    rows = [("mrr", f"MRR (bank of {config.bank})", iwm.chance(config.bank)),
+            ("mrr_pooled", "MRR of pooled latents", iwm.chance(config.bank)), ("hit1", "H@1", 1 / config.bank),
             ("knn", "kNN accuracy", 1 / classes), ("linear", "linear probe accuracy", 1 / classes)]  # fmt: skip
     for key, label, by_chance in rows:
         print(f"{label:24} {result['trained'][key]:9.4f} {result['random'][key]:12.4f} {by_chance:8.4f}")
