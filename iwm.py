@@ -76,6 +76,7 @@ class Config:
     block_min: float = setting(0.15, "smallest area of a rectangle, as a share of the image", 1e-3, 0.99)
     block_max: float = setting(0.20, "largest area of a rectangle, as a share of the image", 1e-3, 0.99)
     context: float = setting(0.56, "share of patches the encoder sees (0.56 suits the blocks above)", 1e-3, 0.999)
+    predict_all: bool = setting(False, "take the loss at all patches; the paper: at the masked ones only")
     # encoder
     patch: int = setting(4, "side of a patch, in pixels", 1)
     width: int = setting(128, "width D of the encoder", 1)
@@ -488,7 +489,7 @@ class IWM(nn.Module):
         self.predictor = Predictor(config)
 
     def loss(self, images: Tensor, generator=None) -> Tensor:
-        """Mean squared error of the imagined latents at the masked patches. images: [B, 3, S, S] in 0..1 -> scalar.
+        """Mean squared error of the imagined latents at the masked patches (predict_all: at all). [B, 3, S, S] -> scalar.
 
         The context of x goes to the encoder, all of y to the teacher. The gradient reaches encoder and predictor; the
         teacher gets none.
@@ -497,6 +498,8 @@ class IWM(nn.Module):
         with torch.autocast(images.device.type, enabled=False):  # pixels stay float32
             x, y, action = make_views(images, c, generator)
         context, masked = sample_masks(len(x), c.grid, c, generator, x.device)
+        if c.predict_all:  # also where the encoder sees x, as MRR and finetuning will ask
+            masked = torch.arange(c.grid**2, device=x.device).expand(len(x), -1)
         z = self.encoder(x, context)  # z = f(x), [B, K, D]
         z_hat = self.predictor(z, context, masked, action)  # z_hat = p(z, a, m), [B, M, D]
         h = gather(self.targets(y), masked)  # h = teacher(y), [B, M, D]

@@ -518,11 +518,13 @@ class TestPredictor:
 class TestIWM:
     GRADES = "IWM"
 
-    def test_loss_is_the_mean_squared_error_on_masked_patches(self):
+    @pytest.mark.parametrize("predict_all", [False, True])
+    def test_loss_is_the_mean_squared_error_on_masked_patches_or_on_all(self, predict_all):
         """The loss written out again from the parts, with the views and masks that the same generator draws."""
-        model, images = tiny(), torch.rand(4, 3, 32, 32)
+        model, images = tiny(predict_all=predict_all), torch.rand(4, 3, 32, 32)
         x, y, action = iwm.make_views(images, TINY, generator := seeded(5))
         context, masked = iwm.sample_masks(4, 8, TINY, generator)
+        masked = torch.arange(64).expand(4, -1) if predict_all else masked
         z_hat = model.predictor(model.encoder(x, context), context, masked, action)
         teacher = model.teacher(y)
         h = (teacher - teacher.mean(dim=2, keepdim=True)) / (
