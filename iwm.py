@@ -489,10 +489,10 @@ class IWM(nn.Module):
         self.predictor = Predictor(config)
 
     def loss(self, images: Tensor, generator=None) -> Tensor:
-        """Mean squared error of the imagined latents at the masked patches (predict_all: at all). [B, 3, S, S] -> scalar.
+        """Mean squared error of the imagined latents at the masked patches. images: [B, 3, S, S] in 0..1 -> scalar.
 
         The context of x goes to the encoder, all of y to the teacher. The gradient reaches encoder and predictor; the
-        teacher gets none.
+        teacher gets none. With predict_all the error is that at all patches.
         """
         c = self.config
         with torch.autocast(images.device.type, enabled=False):  # pixels stay float32
