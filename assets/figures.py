@@ -62,7 +62,8 @@ def conditioning(found):
     """MRR over training (the long runs, one seed) and at the end of short runs (each seed a point)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", width_ratios=(2, 1))
     long = (("cifar-preset", "feature, colour x 3, 28,000 steps (the preset)", "C3-"),
-            ("cifar-colour", "feature, colour x 3", "C3--"), ("cifar-feature", "feature, strength 2", "C0-"),
+            ("cifar-colour", "feature, colour x 3", "C3--"), ("cifar-all", "the same, loss at all patches", "C4-"),
+            ("cifar-feature", "feature, strength 2", "C0-"),
             ("cifar-strength1", "feature, strength 1", "C0--"), ("cifar-colour-sequence", "sequence, colour x 3", "C1-"),
             ("search/colour-sequence-no-layers", "the same without layers on the mask tokens", "C1--"),
             ("cifar-ijepa", "I-JEPA", "C2-"))  # fmt: skip
@@ -134,6 +135,7 @@ def finetuning():
     print(f"| on shapes | pretraining seeds | MRR | {' | '.join(names[:3])} |\n{'|---' * 6}|")
     finetuned("shapes", "the preset", names[:3])
     finetuned("shapes-ema0.98", "with `--ema 0.98`", names[:3])
+    finetuned("shapes-all", "with `--predict-all`", names[:3])
     sizes = {row["row"]: row["trainable"] / 1e6 for row in read_rows(RESULTS / "cifar-preset.finetune.jsonl")}
     axis.set_xticks(range(5), [f"{name}\n{sizes[name]:.2f} M" for name in names])
     axis.set(xlabel="what is trained, and its parameters", ylabel="CIFAR-10 test accuracy, %")
