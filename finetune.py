@@ -7,7 +7,7 @@
     python finetune.py runs/shapes/last.pt --protocol average          # a linear probe on K imagined variants' mean
     python finetune.py runs/shapes/last.pt --protocol factors          # what the latents of each network hold
     python finetune.py runs/shapes/finetune.jsonl                      # print the rows found so far
-    python finetune.py runs/*/finetune.jsonl                           # of several pretraining seeds: mean and deviation
+    python finetune.py runs/shapes/finetune.jsonl runs/shapes,seed=*/finetune.jsonl  # mean and deviation over runs
 
 The rows of a table. "Frozen" is the checkpoint's EMA teacher; "learned" starts from the checkpoint (the encoder from
 the teacher) and is trained:
@@ -505,10 +505,12 @@ def by_settings(records: list[dict], *ignored: str) -> dict[str, dict[str, dict[
 
 
 def over_runs(runs: list[list[dict]]) -> list[dict]:
-    """The records of several checkpoints as if they were of one, whose seeds are the checkpoints.
+    """The records of several checkpoints as if they were of one, whose seeds are the checkpoints; of one as they are.
 
     Of a checkpoint a row's score is the mean over its finetuning seeds. A row that some checkpoint lacks is left out.
     """
+    if len(runs) == 1:
+        return runs[0]
     pooled = []
     tables = [by_settings(records, "checkpoint") for records in runs]
     for settings, rows in tables[0].items():
@@ -554,12 +556,11 @@ def main():
     args = parse()
     if args.checkpoint.suffix == ".jsonl":
         try:
-            runs = [read_rows(file) for file in args.files]
-            tables = describe(over_runs(runs) if len(runs) > 1 else runs[0])
+            tables = describe(over_runs([read_rows(file) for file in args.files]))
         except (KeyError, TypeError):
             die(f"{' '.join(map(str, args.files))}: no finetune.jsonl of this version of finetune.py")
         if not tables:
-            die(f"{' '.join(map(str, args.files))}: no rows of finetune.py" + " in common" * (len(runs) > 1))
+            die(f"{' '.join(map(str, args.files))}: no rows of finetune.py" + " in common" * (len(args.files) > 1))
         print(tables)
         return
     if train.WORLD > 1:

@@ -467,7 +467,7 @@ class Predictor(nn.Module):
     def everywhere(self, z: Tensor, action: Tensor, extra=None) -> Tensor:
         """Imagine all positions from the latents of all positions, z: [B, N, D] -> [B, N, D].
 
-        deviation: in training a mask token never stands at a position that the encoder sees; here each of them does.
+        deviation: in training (without predict_all) a mask token never stands where the encoder sees; here each does.
         """
         positions = torch.arange(z.shape[1], device=z.device).expand(len(z), -1)
         return self(z, positions, positions, action, extra)

@@ -666,8 +666,8 @@ def table(paths: list[Path], presets: list[str]) -> str:
         try:
             result = json.loads(file.read_text())
             config = Config(**result["config"])
-            for measures in (result["trained"], result["random"]):
-                measures.setdefault("mrr_pooled", math.nan)  # runs from before it was measured
+            for who in ("trained", "random"):
+                result[who].setdefault("mrr_pooled", math.nan)  # runs from before it was measured
             found = [factor * result[who][key] for key, (_, factor) in keys.items() for who in ("trained", "random")]
             found.append(result["seconds"] / 60)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -59,7 +59,7 @@ def save(figure, name: str):
 
 
 def conditioning(found):
-    """MRR over training (the long runs, one seed) and at the end of short runs (each seed a point)."""
+    """MRR over training (the long runs, each seed a line) and at the end of short runs (each seed a point)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", width_ratios=(2, 1))
     long = (("cifar-preset", "feature, colour x 3, 28,000 steps (the preset)", "C3-"),
             ("cifar-colour", "feature, colour x 3", "C3--"), ("cifar-all", "the same, loss at all patches", "C4-"),
@@ -114,7 +114,7 @@ def finetuned(run: str, label: str, rows) -> list[list[float]]:
     Over the pretraining seeds where there are several (of each the mean over finetuning seeds), else over finetuning seeds.
     """
     found = [read_rows(path) for path in seeds_of(run, "finetune.jsonl")]
-    by_row = accuracies(over_runs(found) if len(found) > 1 else found[0])
+    by_row = accuracies(over_runs(found))
     scores = [[*by_row[row].values()] for row in rows]
     mrr = [json.loads(path.read_text())["trained"]["mrr"] for path in seeds_of(run, "result.json")]
     print(f"| {label} | {len(found)} | {mean_std(mrr, 3)} | {' | '.join(mean_std(s, 1) for s in scores)} |")
