@@ -7,7 +7,7 @@
     python finetune.py runs/shapes/last.pt --protocol average          # a linear probe on K imagined variants' mean
     python finetune.py runs/shapes/last.pt --protocol factors          # what the latents of each network hold
     python finetune.py runs/shapes/finetune.jsonl                      # print the rows found so far
-    python finetune.py runs/shapes/finetune.jsonl runs/shapes,seed=*/finetune.jsonl  # mean and deviation over runs
+    python finetune.py runs/*/finetune.jsonl                           # mean and deviation over runs that differ by their seed
 
 The rows of a table. "Frozen" is the checkpoint's EMA teacher; "learned" starts from the checkpoint (the encoder from
 the teacher) and is trained:
@@ -420,7 +420,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="+", help="last.pt of a run of train.py or its folder; a finetune.jsonl: print "
-        "its tables; several of them, from runs that differ in their seed: mean and deviation over the runs")  # fmt: skip
+        "its tables; several of them: mean and deviation over runs that differ by their seed")  # fmt: skip
     add("--protocol", choices=PROTOCOLS, default="predictor", help="which rows (default: predictor and its controls)")
     add("--task", default="classify", help="classify | segment | a list: factors of shapes (shape,colour,texture,"
         "background), data sets (cifar10,cifar100) or folders. factors takes all four factors by itself")  # fmt: skip
@@ -505,18 +505,20 @@ def by_settings(records: list[dict], *ignored: str) -> dict[str, dict[str, dict[
 
 
 def over_runs(runs: list[list[dict]]) -> list[dict]:
-    """The records of several checkpoints as if they were of one, whose seeds are the checkpoints; of one as they are.
+    """Runs that differ by their seed as if they were one checkpoint, whose seeds are the runs; one run as it is.
 
-    Of a checkpoint a row's score is the mean over its finetuning seeds. A row that some checkpoint lacks is left out.
+    Of a run a row's score is the mean over its finetuning seeds. A row that some of the runs lack is left out.
     """
     if len(runs) == 1:
         return runs[0]
-    pooled = []
-    tables = [by_settings(records, "checkpoint") for records in runs]
-    for settings, rows in tables[0].items():
-        for row in rows:
-            found = [[*table.get(settings, {}).get(row, {}).values()] for table in tables]
-            if all(found):
+    pooled, alike = [], {}  # settings -> the rows of each run that has them
+    for records in runs:
+        for settings, rows in by_settings(records, "checkpoint").items():
+            alike.setdefault(settings, []).append(rows)
+    for tables in alike.values():
+        for row in tables[0]:
+            found = [[*rows[row].values()] for rows in tables if row in rows]
+            if len(found) == len(tables):
                 name = " ".join(seeds[0]["checkpoint"] for seeds in found)
                 for seed, same in enumerate(found):
                     test = {task: statistics.mean(r["test"][task] for r in same) for task in same[0]["test"]}
@@ -536,7 +538,7 @@ def describe(records: list[dict]) -> str:
         if now["lrs"]:
             how.append(f"lr of {' or '.join(f'{lr:g}' for lr in now['lrs'])}")
         how += [f"{name} {now[name]:g}" for name, value in USUAL.items() if now[name] != value]
-        text.append(", ".join([*how, f"checkpoint {now['checkpoint']}"]))
+        text.append(", ".join([*how, f"checkpoint {now['checkpoint']} of {now['run']}"]))
         columns = [*now["tasks"], *(["mean"] if len(now["tasks"]) > 1 else [])]
         lines = ["| " + " | ".join(["row", "trained parameters", "of encoder", *columns, "lr", "seconds"]) + " |"]
         lines.append("|---" * (len(columns) + 5) + "|")
@@ -568,6 +570,7 @@ def main():
     train.keep_memory()
     device = train.choose_device(args.device)
     model = load_checkpoint(args.checkpoint, device)
+    run = f"{Path(model.config.data).name} {train.as_flags(model.config)}"
     config = model.config = replace(model.config, data=args.data or model.config.data, batch_size=1)
     tasks = load_tasks(args.tasks, config, args.labels, device, args.checkpoint.parent.parent / "cache")
     args.tasks = list(tasks)
@@ -576,7 +579,7 @@ def main():
     settings = {name: getattr(args, name) for name in ("tasks", "labels", "steps", "batch_size", "learned_lr",
                                                        "weight_decay", "augment")}  # fmt: skip
     weights = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:12]
-    settings |= {"data": config.data, "lrs": args.lr, "checkpoint": weights}
+    settings |= {"data": config.data, "lrs": args.lr, "checkpoint": weights, "run": run}
     settings["encoder"] = sum(p.numel() for p in model.encoder.parameters())
     known = read_rows(file)
     append(file, "")  # can it be written?

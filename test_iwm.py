@@ -1215,18 +1215,21 @@ class TestFinetune:
 
     def test_rows_of_several_checkpoints_make_one_table_over_the_checkpoints(self, tmp_path, monkeypatch, capsys):
         files = []
-        for name, scores in {"a": {"p": (0.1, 0.3), "q": (0.5,)}, "b": {"q": (0.9,), "p": (0.6,)}}.items():
+        runs = {"a": {"p": (0.1, 0.3), "q": (0.5,)}, "b": {"q": (0.9,), "p": (0.6,)}, "other": {"p": (0.7,)}}
+        for name, scores in runs.items():
             records = [
                 dict(row=row, seed=seed, tasks=["x"], labels=0, steps=5, batch_size=8, augment=False, data="d", lrs=[],
-                     checkpoint=name, encoder=10, test={"x": score}, lr=[], trainable=5, seconds=1, **finetune.USUAL)
+                     checkpoint=name, run="other" if name == "other" else "same", encoder=10, test={"x": score}, lr=[],
+                     trainable=5, seconds=1, **finetune.USUAL)
                 for row, seeds in ({"only here": (0.2,)} | scores if name == "a" else scores).items()
                 for seed, score in enumerate(seeds)
             ]  # fmt: skip
             files.append(tmp_path / f"{name}.jsonl")
             files[-1].write_text("".join(json.dumps(record) + "\n" for record in records))
         code, out = call(finetune, monkeypatch, capsys, *files)
-        lines = [line.split(" | ")[0:4:3] for line in out.splitlines() if line.startswith("|")]
-        assert code == 0 and lines[2:] == [["| p", "40.0 ± 28.3"], ["| q", "70.0 ± 28.3"]], out
+        lines = [line.split(" | ")[0:4:3] for line in out.splitlines() if line.startswith("| ")]
+        first, other = lines[1:3], lines[4:]  # each table has a line of names
+        assert code == 0 and first == [["| p", "40.0 ± 28.3"], ["| q", "70.0 ± 28.3"]] and other == [["| p", "70.0"]]
         code, out = call(finetune, monkeypatch, capsys, files[0], tmp_path)  # a file and a run
         assert code == 2 and "one checkpoint" in out
 

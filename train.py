@@ -25,7 +25,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
@@ -404,7 +404,7 @@ def parse(argv=None) -> tuple[Config, argparse.Namespace]:
     if args.out == Path():
         die("--out is the current folder: name a folder of its own")
     if args.table:
-        print(table(args.table, [args.preset] if args.preset else [*PRESETS]))
+        print(table(args.table, [args.preset] if args.preset else PRESETS))
         sys.exit()
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     data = given.get("data", "shapes")
@@ -649,11 +649,23 @@ def mean_std(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def table(paths: list[Path], presets: list[str]) -> str:
-    """Markdown of finished runs (folders, or copies of their result.json). Runs that differ by their seed share a row.
+def as_flags(config: Config, presets: Iterable[str] = PRESETS) -> str:
+    """What a run trains (not its data and seed) as flags on top of one of the presets, the one that leaves the fewest."""
+    settings = {n: v for n, v in asdict(config).items() if n not in ("seed", "data", "measurements", "mrr_images")}
+    names = []
+    for preset in presets:
+        flags = ["--preset", preset]
+        for name, value in settings.items():
+            if value != getattr(PRESETS[preset], name):
+                flag = name.replace("_", "-")
+                switch = {True: f"--{flag}", False: f"--no-{flag}"}
+                flags.append(switch[value] if isinstance(value, bool) else f"--{flag} {value}")
+        names.append(flags)
+    return " ".join(min(names, key=len))
 
-    A run is named by its flags on top of one of the presets, the one that leaves the fewest.
-    """
+
+def table(paths: list[Path], presets: Iterable[str]) -> str:
+    """Markdown of finished runs (folders, or copies of their result.json). Runs that differ by their seed share a row."""
     keys = {"mrr": ("MRR", 1), "mrr_pooled": ("pooled MRR", 1), "hit1": ("H@1", 1), "knn": ("kNN %", 100),
             "linear": ("linear %", 100)}  # fmt: skip
     rows = {}
@@ -672,18 +684,7 @@ def table(paths: list[Path], presets: list[str]) -> str:
             found.append(result["seconds"] / 60)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             die(f"{file} is no result.json of a finished run: {brief(error)}")
-        settings = {n: v for n, v in asdict(config).items() if n not in ("seed", "data", "measurements", "mrr_images")}
-        names = []  # of this run, as flags on top of each preset
-        for preset in presets:
-            flags = ["--preset", preset]
-            for name, value in settings.items():
-                if value != getattr(PRESETS[preset], name):
-                    flag = name.replace("_", "-")
-                    switch = {True: f"--{flag}", False: f"--no-{flag}"}
-                    flags.append(switch[value] if isinstance(value, bool) else f"--{flag} {value}")
-            names.append(flags)
-        shortest = min(names, key=len)
-        row = Path(config.data).name, " ".join(shortest), f"{iwm.chance(config.bank):.4f}"
+        row = Path(config.data).name, as_flags(config, presets), f"{iwm.chance(config.bank):.4f}"
         rows.setdefault(row, {})[config.seed] = found
 
     if not rows:
