@@ -458,7 +458,9 @@ class Predictor(nn.Module):
             tokens = torch.cat([tokens, repeat(action, "b a -> b m a", m=masked.shape[1])], dim=2)
         x = torch.cat([x, self.mix(tokens)], dim=1)
         if self.conditioning == "sequence":  # the action joins as A tokens of its own
-            x = torch.cat([action.unsqueeze(2) * self.action_weight + self.action_bias, x], dim=1)
+            tokens = action.unsqueeze(2) * self.action_weight + self.action_bias  # [B, A, W]
+            # deviation: once for every N others, twice where all is asked: as large a share of the tokens as in training
+            x = torch.cat([tokens.repeat(1, math.ceil(x.shape[1] / len(self.positions)), 1), x], dim=1)
         if extra is not None:
             x = torch.cat([extra, x], dim=1)
         x = self.blocks(x)[:, -masked.shape[1] :]  # of [extra, action, context, mask tokens] only the last, [B, M, W]

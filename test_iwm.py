@@ -467,12 +467,14 @@ class TestPredictor:
         assert (moved - model.predictor(z, context, masked, action)).abs().max() > 1e-3, "context positions are lost"
 
     @pytest.mark.parametrize("conditioning, extra", [("none", 0), ("sequence", 7), ("feature", 0)])
-    def test_sequence_adds_one_token_per_component(self, conditioning, extra):
+    def test_sequence_adds_one_token_per_component_for_every_N_others(self, conditioning, extra):
         model, (z, context, masked) = tiny(conditioning=conditioning), self.inputs()
         seen = []
         model.predictor.blocks[0].register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
         model.predictor(z, context, masked, torch.zeros(3, 7))
         assert seen == [64 + extra], f"{conditioning}: K + M = 64 tokens and {extra} of the action"
+        model.predictor.everywhere(torch.zeros(3, 64, 32), torch.zeros(3, 7))
+        assert seen[1] == 2 * seen[0], "asked everywhere there are twice as many others: the action keeps its share"
 
     def test_feature_mixes_position_and_action_by_a_nonlinear_map(self):
         """If positions joined after the MLP, or the MLP were linear, action and position would only add up."""
