@@ -348,7 +348,7 @@ def inputs_of(network: Network, row: str, tasks: dict[str, Task], seed: int, arg
     if ROWS[row][0].startswith("frozen") and not args.augment:
         config, device = network.config, next(network.parameters()).device
         who = ROWS[row][0], seed * ("random" in ROWS[row][0])
-        dtype = torch.bfloat16 if config.bf16 and device.type != "mps" else torch.float32
+        dtype = train.precision(config, device)
         for splits in inputs.values():
             for split, images in splits.items():
                 splits[split] = encoded(cache, who, lambda x: network.encoder(x).to(dtype), images, config, device)

@@ -101,7 +101,7 @@ class Config:
     bank: int = setting(256, "variants V of an image that MRR ranks", 2)
     mrr_images: int = setting(32, "test images that MRR averages over (while training: at most 16 held-out ones)", 1)
     # machine
-    bf16: bool = setting(True, "forward and backward in bfloat16 (weights and optimiser stay float32; not on mps)")
+    bf16: bool = setting(True, "compute in bfloat16 where the device has it (weights and optimiser stay float32)")
     compile: bool = setting(False, "torch.compile the networks: minutes at the start, faster steps after")
 
     def __post_init__(self):
@@ -426,6 +426,8 @@ class ViT(nn.Module):
 
 class Predictor(nn.Module):
     """A narrower ViT over the context latents, one mask token per position to imagine, and the action."""
+
+    positions: Tensor  # [N, W]
 
     def __init__(self, config: Config):
         super().__init__()

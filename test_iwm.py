@@ -820,6 +820,9 @@ class TestTrain:
             "error_hue",
         } <= set(lines[0])
         assert json.loads((tmp_path / "whole" / "config.json").read_text())["pred_depth"] == 1
+        in_bfloat16 = train.precision(TINY, torch.device("cpu")) == torch.bfloat16
+        result = json.loads((tmp_path / "whole" / "result.json").read_text())
+        assert result["config"]["bf16"] == in_bfloat16, "a result says in which precision it was computed"
 
         again = run(*flags, "--out", tmp_path / "whole")
         assert again.returncode == 2 and "--resume" in again.stderr and "Traceback" not in again.stderr
@@ -1068,6 +1071,16 @@ class TestDevices:
         assert done.stdout.count("random init") == 1 and done.stdout.count("parameters") == 1
         lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [0, 2, 4] and [line["images"] for line in lines] == [0, 16, 32]
+
+    @pytest.mark.parametrize("native", [True, False])
+    def test_bfloat16_only_where_the_cpu_has_it(self, native, monkeypatch):
+        """Emulated, bfloat16 made a step fourteen times as long: a CPU without such instructions trains in float32."""
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+        for wanted in (True, False):
+            with train.autocast(replace(TINY, bf16=wanted), torch.device("cpu")):
+                dtype = (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+            assert dtype == (torch.bfloat16 if native and wanted else torch.float32)
 
     def test_each_part_compiles_to_one_graph_without_recompiling(self):
         torch._dynamo.reset()

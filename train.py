@@ -271,8 +271,16 @@ def to_float(images: Tensor, device=None) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def precision(config: Config, device: torch.device) -> torch.dtype:
+    """bfloat16 if that is wanted and the device has instructions for it (where it is emulated a step takes far longer)."""
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if config.bf16 and native else torch.float32
+
+
 def autocast(config: Config, device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type != "mps")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(config, device) == torch.bfloat16)
 
 
 @torch.no_grad()
@@ -578,7 +586,7 @@ def main():
         signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
     encoder, predictor = (sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor))
     print(f"{args.out}: encoder {encoder:,} and predictor {predictor:,} parameters, {len(train_images)} images, "
-          f"{device}" + f" x {WORLD}" * (WORLD > 1))  # fmt: skip
+          f"{device}" + f" x {WORLD}" * (WORLD > 1) + f", {precision(config, device)}".replace("torch.", ""))  # fmt: skip
     if matplotlib is None:
         print("no curves.png without matplotlib: pip install matplotlib")
     if start:
@@ -652,7 +660,7 @@ def mean_std(values: Sequence[float], digits: int) -> str:
 def as_flags(config: Config, presets: Iterable[str] = PRESETS) -> str:
     """What a run trains (not its data and seed) as flags on top of one of the presets, the one that leaves the fewest."""
     settings = {n: v for n, v in asdict(config).items() if n not in ("seed", "data", "measurements", "mrr_images")}
-    names = []
+    names: list[list[str]] = []
     for preset in presets:
         flags = ["--preset", preset]
         for name, value in settings.items():
@@ -661,7 +669,8 @@ def as_flags(config: Config, presets: Iterable[str] = PRESETS) -> str:
                 switch = {True: f"--{flag}", False: f"--no-{flag}"}
                 flags.append(switch[value] if isinstance(value, bool) else f"--{flag} {value}")
         names.append(flags)
-    return " ".join(min(names, key=len))
+    shortest = min(names, key=len)
+    return " ".join(shortest)
 
 
 def table(paths: list[Path], presets: Iterable[str]) -> str:
@@ -713,7 +722,8 @@ def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
     print(f"measuring on {len(data['test'][0])} test images (MRR on {config.mrr_images} of them) ...")
     result: dict = {"trained": measure(model, data, "test", config.mrr_images, 10_000)}
     result["random"] = measure(IWM(config).to(device), data, "test", min(config.mrr_images, 32), 10_000)
-    result |= {"config": asdict(config), "seconds": seconds, "memory_gib": peak_memory(device)}
+    used = replace(config, bf16=precision(config, device) == torch.bfloat16)
+    result |= {"config": asdict(used), "seconds": seconds, "memory_gib": peak_memory(device)}
     write_whole(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     classes = int(data["train"][1].max()) + 1
     print(f"\n{'test images':24} {'this run':>9} {'random init':>12} {'chance':>8}")
