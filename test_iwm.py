@@ -18,6 +18,7 @@ import sys
 import time
 import types
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -1411,16 +1412,34 @@ class TestReadme:
         assert len(guide) > 20
         assert not {name: where.get(name) for name, lines in guide if where.get(name) != lines}, "right would be these"
 
-    def test_links_and_pictures_lead_somewhere(self):
-        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as readme:
-            text = readme.read()
-        headings = [re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in
-                    text.splitlines() if line.startswith("#")]  # as GitHub names them  # fmt: skip
-        links = re.findall(r"\]\(([^)]+)\)", text)
+    @pytest.mark.parametrize("path", ["README.md", "assets/results/README.md"])
+    def test_links_and_pictures_lead_somewhere(self, path):
+        def anchors(path):  # of the headings, as GitHub names them
+            with open(path, encoding="utf-8") as page:
+                headings = [line.lstrip("# ") for line in page.read().splitlines() if line.startswith("#")]
+            return [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+        with open(os.path.join(HERE, path), encoding="utf-8") as page:
+            links = re.findall(r"\]\(([^)]+)\)", page.read())
         assert len(links) > 5
         for link in links:
-            there = link[1:] in headings if link.startswith("#") else os.path.exists(os.path.join(HERE, link))
-            assert there or link.startswith("https://"), link
+            there, _, anchor = link.partition("#")
+            there = os.path.join(HERE, os.path.dirname(path), there) if there else os.path.join(HERE, path)
+            assert link.startswith("https://") or os.path.exists(there) and (not anchor or anchor in anchors(there)), (
+                link
+            )
+
+    def test_the_tables_are_what_the_result_files_say(self):
+        """Each line that --table and finetune.py print of assets/results stands in the page beside them."""
+        results = Path(HERE, "assets", "results")
+        page = (results / "README.md").read_text(encoding="utf-8").splitlines()
+        printed = []
+        for preset, pattern in (("cifar", "grid/*"), ("cifar", "cifar-*"), ("shapes", "shapes*")):
+            printed += train.table(sorted(results.glob(f"{pattern}.result.json")), [preset]).splitlines()
+        for name in re.findall(r"<summary>all rows of (\S+)</summary>", "\n".join(page)):
+            runs = [finetune.read_rows(path) for path in sorted(results.glob(f"{name}.finetune.jsonl"))]
+            printed += finetune.describe(finetune.over_runs(runs)).splitlines()
+        assert len(printed) > 60 and not [line for line in printed if line not in page]
 
 
 class TestPaperScale:
