@@ -20,8 +20,9 @@ masked patches.
                                                                          ^
                                                                          +-- moving average (EMA) of the encoder
 
-Symbols of shapes:  B images,  S x S pixels,  N patches of an image,  K context patches,  M masked patches (K + M = N),
-D encoder width,  W predictor width,  A = 7 numbers of an action,  V variants in a bank.
+Symbols of shapes:  B images,  S x S pixels,  N patches of an image,  K context patches,  M masked patches (in training
+K + M = N; asked for everything K = M = N),  D encoder width,  W predictor width,  A = 7 numbers of an action,
+V variants in a bank.
 
 Sections, in the order of the paper: Config | photometric actions | masks | ViT | predictor | IWM | measures.
 Lines tagged "deviation:" depart from the paper or fill in what it does not say; the README lists them with reasons.
@@ -75,7 +76,9 @@ class Config:
     blocks: int = setting(4, "rectangles whose union is masked", 1)
     block_min: float = setting(0.15, "smallest area of a rectangle, as a share of the image", 1e-3, 0.99)
     block_max: float = setting(0.20, "largest area of a rectangle, as a share of the image", 1e-3, 0.99)
-    context: float = setting(0.56, "share of patches the encoder sees (0.56 suits the blocks above)", 1e-3, 0.999)
+    context: float = setting(
+        0.56, "share of patches the encoder sees; it must suit the blocks: 0.56 these four, 0.82 one", 1e-3, 0.999
+    )
     predict_all: bool = setting(False, "take the loss at all patches; the paper: at the masked ones only")
     # encoder
     patch: int = setting(4, "side of a patch, in pixels", 1)
@@ -133,7 +136,7 @@ class Config:
     def jitter_strengths(self) -> Tensor:
         """[4] float: strengths of brightness, contrast, saturation and hue.
 
-        deviation: strong jitter multiplies the paper's strengths; half a turn already reaches every hue.
+        deviation: strong jitter multiplies all four of them; half a turn already reaches every hue.
         """
         strengths = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue]) * self.strength
         strengths[3] = strengths[3].clamp(max=0.5)
@@ -148,13 +151,15 @@ class Config:
 
 
 PRESETS = {
-    "shapes": Config(),  # two CPU cores: 6 to 8 minutes, 1.5 GiB, MRR 0.60 +- 0.04 (three seeds)
-    "cifar": Config(data="cifar10", steps=28_000, ema=0.99, measurements=10, mrr_images=128),  # one core: 2 h, MRR 0.57
+    # a CPU with bfloat16, two cores: 6 to 8 minutes (without: three to four times as long), 1.5 GiB, MRR 0.60 +- 0.04
+    "shapes": Config(),
+    # the same CPU, one core: 2 hours, 1.6 to 2 GiB, MRR 0.56 +- 0.05, pooled 0.87 +- 0.02
+    "cifar": Config(data="cifar10", steps=28_000, ema=0.99, measurements=10, mrr_images=128),
     "imagenet100": Config(  # not run yet
         data="", image_size=160, patch=16, width=384, depth=12, heads=6, pred_width=192, pred_depth=12,
         saturation=0.2, hue=0.1, steps=100_000, batch_size=256, ema=0.996,
     ),
-    "paper": Config(  # not run yet
+    "paper": Config(  # not run yet; the paper's sizes and schedule, our batch size, init, beta2, mask counts and crop
         data="", image_size=224, patch=16, width=768, depth=12, heads=12, pred_width=384, pred_depth=18,
         saturation=0.2, hue=0.1, steps=375_000, batch_size=1024, warmup=40 / 300, ema=0.996,
     ),
@@ -238,7 +243,8 @@ def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
     """Random resized crop (area crop_min..1, width / height 3/4..4/3) and flip. -> [B, 3, S, S], S = image_size.
 
     deviation: the paper's scale and aspect are not known; these are I-JEPA's scale and torchvision's aspect. A side
-    longer than the image's is cut to it, where torchvision draws again: some crops are smaller than drawn.
+    longer than the image's is cut to it, where torchvision draws again: some crops are smaller than drawn. Cropped from
+    the image at `image_size` and resized back, not from the original file.
     """
     B = len(images)
     u_area, u_aspect, u_x, u_y, u_flip = torch.rand(5, B, device=images.device, generator=generator)  # uniform in 0..1
@@ -251,7 +257,8 @@ def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
     theta[:, 0, 2] = (2 * u_x - 1) * (1 - width)
     theta[:, 1, 2] = (2 * u_y - 1) * (1 - height)
     grid = F.affine_grid(theta, [B, 3, config.image_size, config.image_size], align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    edge = 1 - 1 / images.shape[-1]  # centre of the outermost pixel: beyond it the border is repeated
+    return F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
 
 
 def jitter_params(batch: int, config: Config, generator=None, device=None, always: bool = False) -> Tensor:
@@ -304,7 +311,10 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
 
 
 def block_unions(n: int, grid: int, config: Config, generator=None, device=None) -> Tensor:
-    """n random unions of rectangles on a grid x grid board. -> [n, grid, grid] bool, True is masked."""
+    """n random unions of rectangles on a grid x grid board. -> [n, grid, grid] bool, True is masked.
+
+    Sides are whole patches: on an 8x8 grid 15 to 20 % become 14 to 25 %.
+    """
     u_area, u_aspect, u_top, u_left = torch.rand(4, n, config.blocks, device=device, generator=generator)
     area = grid**2 * (config.block_min + (config.block_max - config.block_min) * u_area)  # in patches
     aspect = 0.75 + 0.75 * u_aspect  # height / width
@@ -322,9 +332,10 @@ def sample_masks(batch: int, grid: int, config: Config, generator=None, device=N
     """Patch indices (row * grid + column) that the encoder sees, and those to imagine. -> [B, K], [B, M] int64.
 
     deviation: equal counts for all images, which batches need: of 16 candidate unions (c) per image the one whose size
-    is nearest to M is kept, and the few patches too many or too few are chosen at random, not in raster order. Like any
-    whole rectangles they mask the middle more often than the corners (86 % and 8 % on an 8x8 grid). Placed evenly, as
-    here, unions leave 50 % context on that grid; I-JEPA's, which avoid the last row and column, leave about 56 %.
+    is nearest to M is kept, and the patches too many or too few (few, if `context` suits the blocks) are chosen at
+    random, not in raster order. Like any whole rectangles they mask the middle more often than the corners (86 % and
+    8 % on an 8x8 grid). Placed evenly, as here, unions leave 50 % context on that grid; I-JEPA's, which avoid the last
+    row and column, leave about 56 %.
     """
     M = min(max(round((1 - config.context) * grid**2), 1), grid**2 - 1)
     unions = rearrange(block_unions(16 * batch, grid, config, generator, device), "(c b) h w -> c b (h w)", c=16)
@@ -461,7 +472,7 @@ class Predictor(nn.Module):
         x = torch.cat([x, self.mix(tokens)], dim=1)
         if self.conditioning == "sequence":  # the action joins as A tokens of its own
             tokens = action.unsqueeze(2) * self.action_weight + self.action_bias  # [B, A, W]
-            # deviation: once for every N others, twice where all is asked: as large a share of the tokens as in training
+            # deviation: once for every N others, twice where all is asked: about as large a share as in training
             x = torch.cat([tokens.repeat(1, math.ceil(x.shape[1] / len(self.positions)), 1), x], dim=1)
         if extra is not None:
             x = torch.cat([extra, x], dim=1)
@@ -499,7 +510,7 @@ class IWM(nn.Module):
         teacher gets none. With predict_all the error is that at all patches.
         """
         c = self.config
-        with torch.autocast(images.device.type, enabled=False):  # pixels stay float32
+        with torch.autocast(images.device.type, enabled=False):  # pixels stay out of bfloat16
             x, y, action = make_views(images, c, generator)
         context, masked = sample_masks(len(x), c.grid, c, generator, x.device)
         if c.predict_all:  # also where the encoder sees x, as MRR and finetuning will ask
@@ -516,8 +527,8 @@ class IWM(nn.Module):
     def targets(self, images: Tensor) -> Tensor:
         """What the world model has to imagine: the teacher's latents. [B, 3, S, S] in 0..1 -> [B, N, D] float.
 
-        deviation: layer-normed without affine, as I-JEPA does; the paper does not say. The ViT ends in a LayerNorm:
-        this takes away its affine part, by which all latents could shrink together.
+        deviation: layer-normed without affine, as I-JEPA does; the paper does not say. So all latents have one length,
+        and the loss cannot fall by shrinking them. They could still become all the same: RankMe and target std show it.
         """
         h = self.teacher(images).float()
         return F.layer_norm(h, h.shape[-1:]) if self.config.target_norm else h
@@ -600,7 +611,7 @@ def measure_world_model(model: IWM, images: Tensor, generator=None) -> dict[str,
     patch, mrr_pooled the means over the patches: that is easier, errors that differ from patch to patch cancel. The
     bank is jittered only, and always, so that it has no duplicates. error_<component>: how far the nearest variant is
     from the true one when only that component sweeps its range, as a share of the range (no knowledge: 0.27 if it
-    always imagines the middle, 0.5 if an end).
+    always imagines the middle, 0.5 if an end, and where a component has no range).
     """
     config, found, pooled, errors = model.config, [], [], {name: [] for name in JITTER}
     for image in images.split(1):
@@ -621,7 +632,7 @@ def measure_world_model(model: IWM, images: Tensor, generator=None) -> dict[str,
 def rankme(features: Tensor) -> float:
     """Effective rank of features [n, D]: exp of the entropy of their singular values (RankMe).
 
-    Between 1 (collapsed) and min(n, D); NaN if a feature is not finite.
+    Between 1 (collapsed) and min(n, D), up to the 1e-7; NaN if a feature is not finite or all are 0.
     """
     if not features.isfinite().all():
         return math.nan

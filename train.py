@@ -272,10 +272,10 @@ def to_float(images: Tensor, device=None) -> Tensor:
 
 
 def precision(config: Config, device: torch.device) -> torch.dtype:
-    """bfloat16 if that is wanted and the device has instructions for it (where it is emulated a step takes far longer)."""
+    """bfloat16 if that is wanted and the device has instructions for it: where it is emulated a step takes far longer."""
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cpu":  # older torch cannot tell: float32
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if config.bf16 and native else torch.float32
 
 

@@ -64,9 +64,7 @@ def conditioning(found):
     long = (("cifar-preset", "feature, colour x 3, 28,000 steps (the preset)", "C3-"),
             ("cifar-colour", "feature, colour x 3", "C3--"), ("cifar-all", "the same, loss at all patches", "C4-"),
             ("cifar-feature", "feature, strength 2", "C0-"),
-            ("cifar-strength1", "feature, strength 1", "C0--"), ("cifar-colour-sequence", "sequence, colour x 3", "C1-"),
-            ("search/colour-sequence-no-layers", "the same without layers, action tokens once", "C1--"),
-            ("cifar-ijepa", "I-JEPA", "C2-"))  # fmt: skip
+            ("cifar-strength1", "feature, strength 1", "C0--"), ("cifar-ijepa", "I-JEPA", "C2-"))  # fmt: skip
     for name, label, style in long:
         for i, path in enumerate(seeds_of(name, "metrics.jsonl")):
             points = [(m["step"], m["mrr"]) for m in read_rows(path)]
