@@ -926,19 +926,18 @@ class TestTrain:
             (tmp_path / name).mkdir()
             (tmp_path / name / "config.json").write_text("{}")
             if mrr:
-                found = {key: mrr for key in ("mrr", "hit1", "knn", "linear")} | (
-                    {"mrr_pooled": mrr} if name == "c" else {}
-                )
+                found = {key: mrr for key in ("mrr", "hit1", "knn", "linear")}
+                found |= {"mrr_pooled": mrr} if name == "c" else {}
                 result = {"config": asdict(iwm.Config(**changes)), "trained": found, "random": found, "seconds": 60}
                 (tmp_path / name / "result.json").write_text(json.dumps(result))
         code, out = call(train, monkeypatch, capsys, "--table", *(tmp_path / name for name in "abcd"))
         lines = [line for line in out.splitlines() if line.startswith("| shapes")]
         assert not code and len(lines) == 2 and f"{tmp_path / 'd'} is no finished run" in out
         assert (
-            "| --preset shapes | 0.0239 | 2 | 0.300 ± 0.141 | 0.300 ± 0.141 | - | - |" in lines[0]
+            "| --preset shapes | 0.0239 | 2 | 0.300 ± 0.141 (0.300 ± 0.141) | - (-) |" in lines[0]
             and "30.0 ± 14.1" in lines[0]
         )
-        assert "--pred-depth 2 | 0.0239 | 1 | 0.100 | 0.100 | 0.100 | 0.100 |" in lines[1]
+        assert "--pred-depth 2 | 0.0239 | 1 | 0.100 (0.100) | 0.100 (0.100) |" in lines[1]
         code, out = call(train, monkeypatch, capsys, "--preset", "cifar", "--table", tmp_path / "a")
         assert not code and "| --preset cifar " in out and "--steps 2400 " in out
         for missing in ({"config"}, {"trained"}, {"seconds"}, set(result)):

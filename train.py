@@ -675,9 +675,9 @@ def as_flags(config: Config, presets: Iterable[str] = PRESETS) -> str:
 
 def table(paths: list[Path], presets: Iterable[str]) -> str:
     """Markdown of finished runs (folders, or copies of their result.json). Runs that differ by their seed share a row."""
-    keys = {"mrr": ("MRR", 1), "mrr_pooled": ("pooled MRR", 1), "hit1": ("H@1", 1), "knn": ("kNN %", 100),
-            "linear": ("linear %", 100)}  # fmt: skip
-    rows = {}
+    measures = {"mrr": ("MRR", 1, 3), "mrr_pooled": ("pooled MRR", 1, 3), "hit1": ("H@1", 1, 3),
+                "knn": ("kNN %", 100, 1), "linear": ("linear %", 100, 1)}  # key: name, unit, digits  # fmt: skip
+    rows: dict[tuple, dict] = {}
     for path in paths:
         file = path / "result.json" if path.is_dir() else path
         if path.is_dir() and not file.exists():
@@ -689,7 +689,7 @@ def table(paths: list[Path], presets: Iterable[str]) -> str:
             config = Config(**result["config"])
             for who in ("trained", "random"):
                 result[who].setdefault("mrr_pooled", math.nan)  # runs from before it was measured
-            found = [factor * result[who][key] for key, (_, factor) in keys.items() for who in ("trained", "random")]
+            found = [unit * result[who][key] for key, (_, unit, _) in measures.items() for who in ("trained", "random")]
             found.append(result["seconds"] / 60)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             die(f"{file} is no result.json of a finished run: {brief(error)}")
@@ -698,11 +698,13 @@ def table(paths: list[Path], presets: Iterable[str]) -> str:
 
     if not rows:
         die("--table found no finished run")
-    measures = " | ".join(f"{label} | random init" for label, _ in keys.values())
-    lines = [f"| data | run | MRR by chance | seeds | {measures} | minutes |", "|---" * (2 * len(keys) + 5) + "|"]
+    names = [f"{name} (random init)" for name, _, _ in measures.values()]
+    lines = [f"| data | run | MRR by chance | seeds | {' | '.join(names)} | minutes |", "|---" * (len(names) + 5) + "|"]
     for row, seeds in rows.items():
-        cells = [mean_std(values, digits) for values, digits in zip(zip(*seeds.values()), [3] * 6 + [1] * 4 + [0])]
-        lines.append(f"| {' | '.join(row)} | {len(seeds)} | {' | '.join(cells)} |")
+        *values, minutes = zip(*seeds.values())
+        cells = [f"{mean_std(trained, digits)} ({mean_std(random, digits)})"
+                 for trained, random, (_, _, digits) in zip(values[::2], values[1::2], measures.values())]  # fmt: skip
+        lines.append(f"| {' | '.join([*row, str(len(seeds)), *cells, mean_std(minutes, 0)])} |")
     return "\n".join(lines)
 
 
