@@ -236,6 +236,11 @@ class TestViews:
         assert (straight | mirrored).all(), "crop_min 1 is no crop"
         assert 15 < mirrored[6:].sum() < 50, "about half of the images are mirrored"
 
+    def test_a_crop_repeats_the_border(self):
+        """Enlarged, a crop at the image's side reads beyond the centres of the outermost pixels: white stays white."""
+        white = torch.ones(64, 3, 32, 32)
+        close(iwm.random_crop_flip(white, TINY, seeded()), white, "a crop of a white image is white")
+
     def test_crops_have_the_asked_area(self):
         """Crop an image whose channels are its coordinates: their ranges are the crop's sides."""
         axis = torch.linspace(0, 1, 64)
