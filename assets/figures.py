@@ -34,8 +34,8 @@ def accuracies(rows: list[dict]) -> dict[str, dict[int, float]]:
 
 
 def seeds_of(name: str, ending: str) -> list[Path]:
-    """The file of a long run (seed 0), then those of the same run with other pretraining seeds."""
-    return [RESULTS / f"{name}.{ending}", *sorted(RESULTS.glob(f"{name}-s[0-9].{ending}"))]
+    """The files of a long run: with seed 0, then with other pretraining seeds."""
+    return [*RESULTS.glob(f"{name}.{ending}"), *sorted(RESULTS.glob(f"{name}-s[0-9].{ending}"))]
 
 
 def runs() -> dict[str, dict[int, dict]]:
@@ -63,6 +63,8 @@ def conditioning(found):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", width_ratios=(2, 1))
     long = (("cifar-preset", "feature, colour x 3, 28,000 steps (the preset)", "C3-"),
             ("cifar-colour", "feature, colour x 3", "C3--"), ("cifar-all", "the same, loss at all patches", "C4-"),
+            ("cifar-one-block", "the same, one block masked (2,400 and 3,200 steps)", "C5-"),
+            ("cifar-one-block-sequence", "the same, sequence (2,000 steps)", "C1-"),
             ("cifar-feature", "feature, strength 2", "C0-"),
             ("cifar-strength1", "feature, strength 1", "C0--"), ("cifar-ijepa", "I-JEPA", "C2-"))  # fmt: skip
     for name, label, style in long:
@@ -149,8 +151,8 @@ def correlation(points: list[tuple[float, float]]) -> str:
 
 
 def pairs(settings, key: str) -> list[tuple[float, float]]:
-    """MRR and one other measure of every run of these settings."""
-    return [(run["mrr"], run[key]) for seeds in settings for run in seeds.values()]
+    """MRR and one other measure of every run of these settings that has it."""
+    return [(run["mrr"], run[key]) for seeds in settings for run in seeds.values() if key in run]
 
 
 def spectrum(found):
@@ -175,7 +177,8 @@ def spectrum(found):
         for i, (name, seeds) in enumerate(found.items()):
             words = [word for part, word in parts.items() if part in name]
             words = words if "x1" in name else ["strength 2", *words]
-            axis.plot(*zip(*pairs([seeds], key)), "o", color=f"C{i}", label=", ".join(words))
+            points = pairs([seeds], key)  # none where these settings were not finetuned
+            axis.plot([x for x, _ in points], [y for _, y in points], "o", color=f"C{i}", label=", ".join(words))
         axis.set(xlabel="MRR", ylabel=f"{label}, %", title=correlation(pairs(found.values(), key)))
         axis.title.set_fontsize(10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
