@@ -1079,7 +1079,7 @@ class TestDevices:
 
     @pytest.mark.parametrize("native", [True, False])
     def test_bfloat16_only_where_the_cpu_has_it(self, native, monkeypatch):
-        """Emulated, bfloat16 made a step fourteen times as long: a CPU without such instructions trains in float32."""
+        """Emulated, bfloat16 made a step twelve times as long: a CPU without such instructions trains in float32."""
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
         for wanted in (True, False):
             with train.autocast(replace(TINY, bf16=wanted), torch.device("cpu")):
