@@ -1,105 +1,124 @@
 """Learn an image world model, measure it and show it.
 
-    python train.py                                   # embedded data, no download, CPU or GPU
-    python train.py --data cifar10                    # downloads through torchvision
-    python train.py --data path/to/folder             # train/<class>/*.jpg and test/<class>/*.jpg (or val/)
-    python train.py --conditioning none               # an ablation is one flag: see --help
-    python train.py --out runs/shapes --resume        # go on with a run that was stopped
-    python train.py --table runs/*                    # a table of finished runs, over their seeds
-    torchrun --nproc_per_node=2 train.py              # several devices: the batch is shared among them
+    python train.py                                # images it draws itself: no download needed
+    python train.py --data cifar10                 # downloads through torchvision
+    python train.py --data path/to/folder          # train/CLASS/*.jpg and test/CLASS/*.jpg
+    python train.py --conditioning none            # an ablation is one flag
+    python train.py --out runs/shapes --resume     # go on with a run that was stopped
+    python train.py --measure runs/shapes/last.pt  # measure and draw a checkpoint
+    python train.py --table runs/*                 # finished runs, over their seeds
+    torchrun --nproc_per_node=2 train.py           # several devices share the batch
 
-A run folder holds config.json, metrics.jsonl (a JSON object a measurement, on held-out training images), result.json
-(the test images, read once at the end), last.pt, views.png, retrieval.png (its top: strip.png) and, with matplotlib,
-curves.png.
+A run folder holds config.json, metrics.jsonl (held-out images), result.json (test images, read once
+at the end), last.pt, views.png, retrieval.png (its top: strip.png), plan.png and curves.png.
 """
 
 import argparse
 import contextlib
 import ctypes
+import errno
+import functools
 import hashlib
 import json
 import math
 import os
 import random
-import signal
+import re
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+import iwm
+from iwm import IDENTITY, IWM, JITTER, setting
+
 try:
-    import fcntl
     import resource
 except ImportError:  # on Windows
-    fcntl = resource = None
-try:
-    import matplotlib.figure
-except ImportError:
-    matplotlib = None
+    resource = None
 
-import iwm
-from iwm import IDENTITY, IWM, JITTER, PRESETS, Config
-
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun: this process ...
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # ... of so many; only rank 0 writes and prints
+LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, and by nothing else
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # this process ...
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # ... of so many; only rank 0 writes
+QUIET = dict(mininterval=0.1 if sys.stderr.isatty() else 30)  # seconds between lines of a log file
 
 
-def die(message: str) -> NoReturn:
-    """One clear line and exit code 2."""
-    tqdm.write(f"{Path(sys.argv[0]).name}{f' (rank {RANK})' * (RANK > 0)}: {message}", file=sys.stderr)
-    sys.exit(2)
+# ---- Recipe: the method's settings, and how it is trained ----------------------------------------
 
 
-def brief(error: BaseException) -> str:
-    """The kind of an error and the start of what it says, on one line."""
-    return f"{type(error).__name__} {' '.join(str(error).split()):.80}"
+@dataclass
+class Recipe(iwm.Config):
+    """Every setting of a run; the command line is made from it."""
+
+    data: str = setting("shapes", "shapes | cifar10 | cifar100 | a folder with train/ and test/")
+    # optimisation; deviation: fitted to runs of a few thousand steps
+    steps: int = setting(2400, "optimiser steps", 1)
+    batch_size: int = setting(64, "images a step", 1)
+    lr: float = setting(1e-3, "peak learning rate; lower it if RankMe falls to 1", 1e-12, 100)
+    warmup: float = setting(0.1, "share of the steps in which the learning rate rises", 0, 1)
+    weight_decay: float = setting(0.04, "of AdamW at the start, not on biases and norms", 0, 100)
+    weight_decay_end: float = setting(0.4, "at the end, reached along a cosine", 0, 100)
+    ema: float = setting(0.995, "teacher's first momentum, rises linearly to 1", 0, 1)
+    seed: int = setting(0, "of weights, data order, views and masks", 0, 10**9 - 1)
+    # measuring: short runs measure less often and on fewer images
+    measurements: int = setting(6, "how often a long run measures itself", 1)
+    mrr_images: int = setting(32, "test images that MRR averages over", 1)
+    # machine
+    bf16: bool = setting(True, "compute in bfloat16 where the device has it")
+    compile: bool = setting(False, "torch.compile the networks: a slow start, faster steps")
+
+    @property
+    def effort(self) -> float:
+        """Share of a full measurement that a run of so many steps is worth."""
+        return min(1.0, max(0.1, self.steps / 2400))
 
 
-def write_whole(path: Path, write):
-    """Write aside, then rename: a reader never sees half a file, and a full disk leaves the old one whole."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        die(f"cannot write {path}: {error}")
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+# deviation: small models hide less, take the loss at all patches and see colour change three times
+# as much, so that they learn their action in minutes; the predictor is nearly the encoder's size
+SMALL = dict(
+    image_size=32, patch=4, width=128, depth=4, heads=4, pred_width=96, pred_depth=6,
+    saturation=0.6, hue=0.3, block_min=0.04, block_max=0.06, context=0.82, predict_all=True,
+)  # fmt: skip
+PRESETS = {
+    "shapes": Recipe(**SMALL),  # a GPU: a minute; MRR 0.88
+    "cifar": Recipe(data="cifar10", steps=8000, **SMALL),  # a GPU: 3 minutes; MRR 0.81
+    "imagenet100": Recipe(  # timed on a GPU, not yet trained to its end
+        data="", image_size=160, width=384, depth=12, heads=6, pred_width=192, pred_depth=12,
+        steps=100_000, batch_size=256, ema=0.996,
+    ),
+    # timed on a GPU, never trained
+    "paper": Recipe(data="", steps=375_000, batch_size=1024, warmup=40 / 300, ema=0.996),
+}  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: uint8 images [n, 3, S, S] and int64 labels [n] for three splits. train is trained on, val (held-out training
-# images) is measured while training and serves every choice, test is read once at the end
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Data: train is trained on, val (held-out training images) serves every choice, test is read
+# ---- once at the end. Each is uint8 images [n, 3, S, S] and int64 labels [n] ---------------------
 
 SHAPES = ("disc", "square", "triangle", "star", "ring", "cross", "crescent", "heart")
 TEXTURES = ("plain", "stripes", "checks", "noise")
 COLOURS = 8  # bins of the object's hue
-SHAPES_IMAGES = {"train": 20_000, "val": 2_000, "test": 2_000}  # the position of a split is its seed
+SHAPES_IMAGES = {"train": 20_000, "val": 2_000, "test": 2_000}  # a split's position is its seed
 
 
 def shapes(n: int, seed: int, size: int = 32) -> dict[str, Tensor]:
     """Objects on textured, lit backgrounds: coloured, turned, shifted and scaled at random.
 
-    Returns images [n, 3, size, size] uint8 and the factors they were made from: shape, colour (bin of the object's
-    hue), texture and background [n] int64, and the object's mask [n, size, size] bool.
+    Returns images [n, 3, size, size] uint8 and the factors they were made from: shape, colour (bin
+    of the object's hue), texture, background, each [n] int64, and the mask [n, size, size] bool.
     """
     chunks = [_shapes(min(1000, n - i), seed * 1_000_003 + i, size) for i in range(0, n, 1000)]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -115,15 +134,17 @@ def _shapes(n: int, seed: int, size: int) -> dict[str, Tensor]:
         return torch.stack(options, dim=1)[torch.arange(n), kinds]
 
     def paint(hue, saturation, value):  # -> [n, 3, 1, 1]
-        red = torch.stack([value, value * (1 - saturation), value * (1 - saturation)], dim=1)
-        return iwm.shift_hue(red, hue)
+        faint = value * (1 - saturation)
+        return iwm.shift_hue(torch.stack([value, faint, faint], dim=1), hue)
 
     def pattern(kinds):  # lightness of a texture in -1..1
-        turn, phase, frequency = uniform(0, math.pi), uniform(0, 2 * math.pi), uniform(4, 7)
-        wave = torch.sin(frequency * (x * turn.cos() + y * turn.sin()) + phase)
-        across = torch.sin(frequency * (y * turn.cos() - x * turn.sin()))
-        noise = F.interpolate(torch.randn(n, 1, 6, 6, generator=generator), (size, size), mode="bilinear")[:, 0]
-        return choose(kinds, [0 * wave, (3 * wave).clamp(-1, 1), (4 * wave * across).clamp(-1, 1), noise.clamp(-1, 1)])
+        turn, phase, pitch = uniform(0, math.pi), uniform(0, 2 * math.pi), uniform(4, 7)
+        wave = torch.sin(pitch * (x * turn.cos() + y * turn.sin()) + phase)
+        across = torch.sin(pitch * (y * turn.cos() - x * turn.sin()))
+        noise = torch.randn(n, 1, 6, 6, generator=generator)
+        noise = F.interpolate(noise, (size, size), mode="bilinear")[:, 0]
+        options = [0 * wave, 3 * wave, 4 * wave * across, noise]
+        return choose(kinds, [option.clamp(-1, 1) for option in options])
 
     def ramp():  # -1..1 across the image in a random direction
         turn = uniform(0, 2 * math.pi)
@@ -134,131 +155,186 @@ def _shapes(n: int, seed: int, size: int) -> dict[str, Tensor]:
     shape = torch.randint(len(SHAPES), (n,), generator=generator)
     texture, background = torch.randint(len(TEXTURES), (2, n), generator=generator)
 
-    # the object in its own coordinates (u, v); each function is positive inside and about the distance to its edge
-    radius, turn = uniform(0.55, 0.8), uniform(-0.3, 0.3)  # radians: up to 17 degrees either way
+    # the object in its own coordinates (u, v); each function is positive inside
+    radius, turn = uniform(0.55, 0.8), uniform(-0.3, 0.3)
     dx, dy = x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2)
-    u, v = (dx * turn.cos() + dy * turn.sin()) / radius, (dy * turn.cos() - dx * turn.sin()) / radius
+    u = (dx * turn.cos() + dy * turn.sin()) / radius
+    v = (dy * turn.cos() - dx * turn.sin()) / radius
     r, angle = (u * u + v * v).sqrt(), torch.atan2(v, u)
-    box = torch.maximum(u.abs(), v.abs())
+    box, thin = torch.maximum(u.abs(), v.abs()), torch.minimum(u.abs(), v.abs())
     inside = {
         "disc": 0.85 - r,
         "square": 0.78 - box,
         "triangle": 0.5 - torch.stack([v, 0.866 * u - 0.5 * v, -0.866 * u - 0.5 * v]).amax(dim=0),
         "star": 0.72 + 0.27 * torch.cos(5 * angle) - r,
         "ring": 0.24 - (r - 0.74).abs(),
-        "cross": torch.minimum(0.92 - box, 0.3 - torch.minimum(u.abs(), v.abs())),
+        "cross": torch.minimum(0.92 - box, 0.3 - thin),
         "crescent": torch.minimum(0.95 - r, ((u - 0.45) ** 2 + v * v).sqrt() - 0.68),
         "heart": 0.56 * (1 - (1.05 * u) ** 2 - (1.2 * (0.1 - v) - 0.75 * u.abs().sqrt()) ** 2),
     }
-    mask = (choose(shape, [inside[name] for name in SHAPES]) * radius * size / 2 + 0.5).clamp(0, 1)  # soft edges
+    edge = choose(shape, [inside[name] for name in SHAPES]) * radius * size / 2
+    mask = (edge + 0.5).clamp(0, 1)  # soft edges
 
     hue = uniform(0, 1)
-    thing = paint(hue, uniform(0.4, 0.9), uniform(0.5, 1)) * (1 + 0.2 * pattern(texture)).unsqueeze(1)
+    thing = paint(hue, uniform(0.4, 0.9), uniform(0.5, 1))
+    thing = thing * (1 + 0.2 * pattern(texture)).unsqueeze(1)
     one, other = (paint(uniform(0, 1), uniform(0.05, 0.4), uniform(0.1, 0.75)) for _ in range(2))
-    scene = torch.lerp(one, other, (0.5 + 0.5 * ramp()).unsqueeze(1)) * (1 + 0.15 * pattern(background)).unsqueeze(1)
+    scene = torch.lerp(one, other, (0.5 + 0.5 * ramp()).unsqueeze(1))
+    scene = scene * (1 + 0.15 * pattern(background)).unsqueeze(1)
     light = 1 + uniform(0, 0.6) * ramp()
     images = torch.lerp(scene, thing, mask.unsqueeze(1)) * light.unsqueeze(1)
     images = (images + 0.01 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
-    return {"images": (255 * images).round().byte(), "shape": shape, "colour": (hue.flatten() * COLOURS).long(),
-            "texture": texture, "background": background, "mask": mask > 0.5}  # fmt: skip
+    return {
+        "images": (255 * images).round().byte(), "mask": mask > 0.5, "shape": shape,
+        "colour": (hue.flatten() * COLOURS).long(), "texture": texture, "background": background,
+    }  # fmt: skip
 
 
-def read_image(file: Path, size: int) -> np.ndarray:
-    """The middle square of any image file. -> RGB [size, size, 3] uint8"""
-    with Image.open(file) as image:
-        if image.mode.startswith("I"):  # 16 bits, of which Pillow would not keep the upper ones
-            image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
-        return np.array(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
+def read_image(file: str, size: int) -> np.ndarray | OSError | None:
+    """The middle square of an image, RGB [3, size, size] uint8, upright, on white.
 
-
-def read_folder(folder: Path, size: int, classes: list[str], cache: Path) -> tuple[Tensor, Tensor]:
-    """folder/<class>/* -> images [n, 3, size, size] uint8 and labels [n], in an order that is always the same.
-
-    Decoded once, into a memory-mapped file in `cache` that is named after the files' names, sizes and times: training
-    then needs neither the decoder nor the memory. Files that cannot be read are named, counted and left out.
+    None if the file is damaged; the error if it is the disk that failed.
     """
-    suffixes = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff"}
-    found = [(file, label) for label, name in enumerate(classes) for file in sorted((folder / name).glob("*"))]
-    files = [(f, label) for f, label in found if f.suffix.lower() in suffixes and f.name[0] != "." and f.is_file()]
-    stats = [(f"{f.parent.name}/{f.name}", (stat := f.stat()).st_size, stat.st_mtime_ns) for f, _ in files]
-    decoded = cache / hashlib.sha256(json.dumps([size, classes, stats]).encode()).hexdigest()[:16]
-
-    def decode(item):
-        try:
-            return read_image(item[0], size)
-        except Exception as error:  # a damaged file can raise anything
-            tqdm.write(f"skipped {item[0]}: {error}", file=sys.stderr)
-
-    def decode_all(aside):  # all pixels, then all labels
-        random.Random(0).shuffle(files)  # so that any part of them has all classes
-        labels, bar = [], tqdm(total=len(files), desc=f"decoding {folder}, once", leave=False)
-        with open(aside, "wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for part in (files[i : i + 1000] for i in range(0, len(files), 1000)):  # never all of them in memory
-                for image, (_, label) in zip(pool.map(decode, part), part):
-                    bar.update()
-                    if image is not None:
-                        out.write(image.transpose(2, 0, 1).tobytes())
-                        labels.append(label)
-            out.write(np.array(labels, dtype=np.int64).tobytes())
-        if labels and len(labels) < len(files):
-            print(f"skipped {len(files) - len(labels)} of {len(files)} files of {folder}", file=sys.stderr)
-
-    pixels = 3 * size * size
-    if not decoded.exists() or decoded.stat().st_size % (pixels + 8):
-        write_whole(decoded, decode_all)
-    n = decoded.stat().st_size // (pixels + 8)
-    if n == 0:
-        die(f"{folder} has no images that can be read: put them at {folder}/<class>/*.jpg")
-    images, labels = torch.from_numpy(np.memmap(decoded, np.uint8, "c")).split([n * pixels, n * 8])
-    return images.view(n, 3, size, size), labels.clone().view(torch.int64)
-
-
-def download(name: str, dataset, *arguments):
-    """A torchvision dataset under ./data."""
     try:
-        return dataset("data", *arguments, download=True)
-    except Exception as error:  # no network, a damaged archive, no write access
-        die(f"{name} is not in ./data and cannot be downloaded ({error}): try --data shapes")
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits, of which Pillow would not keep the upper ones
+                image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR).convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+        return np.array(image).transpose(2, 0, 1)
+    except Exception as error:  # foreign bytes can raise anything
+        disk = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
+        return error if disk else None
 
 
-def load_data(config: Config, device, cache: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """{"train" | "val" | "test": (images [n, 3, S, S] uint8, labels [n] int64)}, on the device.
+def read_folder(folder: Path, size: int, cache: Path) -> tuple[Tensor, list[str]]:
+    """folder/CLASS/**/* -> images [n, 3, size, size] uint8 and their classes, in a fixed order.
 
-    A split of more than 4 GiB stays on the CPU: images of a folder then stay in their memory-mapped file.
+    Decoded once into a memory-mapped .npy in `cache`, with a row of pixels and label for each file.
+    Damaged files are left out and counted.
     """
-    data, size = {}, config.image_size
-    if config.data == "shapes":
-        for seed, (split, n) in enumerate(SHAPES_IMAGES.items()):
-            made = shapes(n, seed, size)
-            data[split] = made["images"], made["shape"]
-    elif config.data in ("cifar10", "cifar100"):
-        for split in ("train", "test"):
-            found = download(config.data, getattr(torchvision.datasets, config.data.upper()), split == "train")
-            order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-            images = torch.from_numpy(found.data).permute(0, 3, 1, 2)[order]
-            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-            data[split] = images.contiguous(), torch.tensor(found.targets)[order]
-    else:
-        root = Path(config.data)
-        test = root / "test" if (root / "test").is_dir() else root / "val"
-        if not config.data or not (root / "train").is_dir() or not test.is_dir():
-            die(f"data {config.data!r} is not shapes, cifar10, cifar100 or a folder with train/CLASS/ and test/CLASS/")
-        classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir() and path.name[0] != ".")
-        unknown = {path.name for path in test.iterdir() if path.is_dir() and path.name[0] != "."} - set(classes)
+    loader = functools.partial(read_image, size=size)
+    listed = torchvision.datasets.ImageFolder(folder, loader=loader, allow_empty=True)
+    random.Random(0).shuffle(listed.samples)  # so that any part of them has all classes
+    stats = [(file, os.stat(file)) for file, _ in listed.samples if os.path.exists(file)]
+    facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    key = json.dumps([str(folder.resolve()), size, facts])
+    decoded = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+
+    def decode(aside):
+        row = np.dtype([("pixels", np.uint8, (3, size, size)), ("label", np.int64)])
+        rows, n = np.lib.format.open_memmap(aside, "w+", row, (len(listed),)), 0
+        rows["label"] = -1  # of the last rows, one for each damaged file
+        workers = dict(batch_size=64, num_workers=os.cpu_count(), collate_fn=list)
+        read = (item for batch in torch.utils.data.DataLoader(listed, **workers) for item in batch)
+        bar = tqdm(read, f"decoding {folder}, once", total=len(listed), leave=False, **QUIET)
+        for (pixels, label), (file, _) in zip(bar, listed.samples):
+            if isinstance(pixels, OSError):
+                sys.exit(f"{file} cannot be read ({pixels}): nothing was kept, start again")
+            if pixels is None:
+                tqdm.write(f"damaged: {file}", file=sys.stderr)
+            else:
+                rows[n], n = (pixels, label), n + 1
+
+    if not decoded.exists():
+        write_whole(decoded, decode)
+    rows = np.load(decoded, mmap_mode="c")
+    good = rows[: (rows["label"] >= 0).sum()]
+    if len(good) < len(rows):
+        left_out = f"{len(rows) - len(good)} of {len(rows)} files"
+        print(f"{folder}: {left_out} are damaged or lead nowhere: left out", file=sys.stderr)
+    if not len(good):
+        sys.exit(f"{folder} has no images that can be read: put them at {folder}/CLASS/NAME.jpg")
+    return torch.from_numpy(good["pixels"]), [listed.classes[label] for label in good["label"]]
+
+
+def read_folders(root: Path, size: int, cache: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """train/, test/ (or val/) and, where there are all three, val/ as the held-out images."""
+    folders = {split: root / split for split in ("train", "val", "test") if (root / split).is_dir()}
+    if "test" not in folders and "val" in folders:
+        folders["test"] = folders.pop("val")
+    if not {"train", "test"} <= set(folders):
+        sys.exit(f"data '{root}' is neither shapes, cifar10, cifar100 nor a folder that holds "
+                 "train/CLASS/ and test/CLASS/ (or val/CLASS/)")  # fmt: skip
+    data = {split: read_folder(folder, size, cache) for split, folder in folders.items()}
+    classes = sorted(set(data["train"][1]))  # only those that have images
+    for split, (images, names) in data.items():
+        unknown = ", ".join(sorted(set(names) - set(classes)))
         if unknown:
-            die(f"{test} has classes that {root / 'train'} has not: {', '.join(sorted(unknown))}")
-        data["train"] = read_folder(root / "train", size, classes, cache)
-        data["test"] = read_folder(test, size, classes, cache)
-    if "val" not in data:  # hold out a tenth of the training images, which are in the same random order for every seed
+            sys.exit(f"{folders[split]} has the classes {unknown}, but {folders['train']} has not")
+        data[split] = images, torch.tensor([classes.index(name) for name in names])
+    return data
+
+
+def read_cifar(name: str, size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """CIFAR-10 or -100 through torchvision, under ./data."""
+    data = {}
+    for split in ("train", "test"):
+        try:
+            dataset = getattr(torchvision.datasets, name.upper())
+            found = dataset("data", split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            there = ", ".join(str(path) for path in Path("data").glob("cifar*"))
+            there = f"{there}: damaged or incomplete" if there else f"no {name} in ./data"
+            sys.exit(f"{there}, and it cannot be downloaded ({error}): try --data shapes")
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2)[order]
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        data[split] = images.contiguous(), torch.tensor(found.targets)[order]
+    return data
+
+
+def load_data(recipe: Recipe, device, cache: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """{"train" | "val" | "test": (images [n, 3, S, S] uint8, labels [n] int64)}.
+
+    On a GPU when they fit into half of its free memory; else they stay, and `batches` copies.
+    """
+    if recipe.data == "shapes":
+        data = {}
+        for seed, (split, n) in enumerate(SHAPES_IMAGES.items()):
+            made = shapes(n, seed, recipe.image_size)
+            data[split] = made["images"], made["shape"]
+    elif recipe.data in ("cifar10", "cifar100"):
+        data = read_cifar(recipe.data, recipe.image_size)
+    else:
+        data = read_folders(Path(recipe.data), recipe.image_size, cache)
+    if "val" not in data:  # hold out a tenth of the training images, the same for every seed
         images, labels = data["train"]
         n = min(len(labels) // 10, 5000)
-        if n == 0:
-            die(f"{config.data} has {len(labels)} training images: at least 10 are needed")
         data |= {"val": (images[:n], labels[:n]), "train": (images[n:], labels[n:])}
-    if config.batch_size > len(data["train"][0]):
-        die(f"batch_size {config.batch_size} is larger than the {len(data['train'][0])} training images: lower it")
-    small = {split: images.nbytes < 4 * 2**30 for split, (images, _) in data.items()}
-    return {split: tuple(part.to(device) if small[split] else part for part in pair) for split, pair in data.items()}
+    n, least = len(data["train"][1]), max(recipe.batch_size, 9)
+    if n < least or not len(data["val"][1]):
+        sys.exit(f"{recipe.data} has {n} training images, fewer than {least} (see --batch-size)")
+    size = sum(images.nbytes for images, _ in data.values())
+    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 2:
+        data = {s: (images.to(device), labels.to(device)) for s, (images, labels) in data.items()}
+    return data
+
+
+def batches(images: Tensor, recipe: Recipe, start: int, device):
+    """The uint8 images of each step from `start` on, on the device; they follow from (seed, step).
+
+    The next batch is gathered and copied by a background thread while a step runs.
+    """
+    B, per_epoch = recipe.batch_size, len(images) // recipe.batch_size
+
+    @functools.lru_cache(maxsize=1)
+    def order(epoch):
+        generator = torch.Generator().manual_seed(recipe.seed * 10**8 + epoch)
+        return torch.randperm(len(images), generator=generator).to(images.device)
+
+    def gather(step):
+        epoch, i = divmod(step, per_epoch)
+        return images[order(epoch)[i * B :][:B][RANK::WORLD]].to(device)
+
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(gather, start)
+        for step in range(start, recipe.steps):
+            now, following = following.result(), thread.submit(gather, step + 1)
+            yield now
 
 
 def to_float(images: Tensor, device=None) -> Tensor:
@@ -266,482 +342,475 @@ def to_float(images: Tensor, device=None) -> Tensor:
     return images.to(device).float() / 255
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measures and pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Measures and pictures -----------------------------------------------------------------------
 
 
-def precision(config: Config, device: torch.device) -> torch.dtype:
-    """bfloat16 if that is wanted and the device has instructions for it: where it is emulated a step takes far longer."""
+def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """bfloat16 if the device has instructions for it: emulated, a step takes far longer."""
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":  # older torch cannot tell: float32
+    if device.type == "cpu":  # a torch that cannot tell: float32
         native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if config.bf16 and native else torch.float32
+    return torch.bfloat16 if recipe.bf16 and native else torch.float32
 
 
-def autocast(config: Config, device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(config, device) == torch.bfloat16)
+def autocast(recipe: Recipe, device: torch.device):
+    enabled = precision(recipe, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.no_grad()
-def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: int) -> dict[str, float]:
-    """MRR and its kin on the first `mrr_images` clean images of a split, the probes (accuracies in 0..1) on all of them.
+def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: int) -> dict:
+    """MRR, components and planning on clean images of a split; probes on more of them.
 
-    The probes read the teacher's mean-pooled latents and are fitted on the first `probe_images` training images.
+    The probes read the teacher's mean-pooled latents and are fitted on training images.
     """
-    (images, labels), (train_images, train_labels) = data[split], (part[:probe_images] for part in data["train"])
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
 
-    def pooled(images):
-        return torch.cat([model.teacher(to_float(part, device)).float().mean(dim=1) for part in images.split(250)])
+    def pooled(split):
+        images, labels = (part[:probe_images] for part in data[split])
+        parts = [model.teacher(to_float(part, device)).float() for part in images.split(250)]
+        return torch.cat([part.mean(dim=1) for part in parts]), labels.to(device)
 
-    with autocast(model.config, device):
-        result = iwm.measure_world_model(model, to_float(images[:mrr_images], device), generator)
-        result["target_std"] = model.targets(to_float(images[:500], device)).std(dim=(0, 1)).mean().item()
-        train_features, features = pooled(train_images), pooled(images)
-    result["rankme"] = iwm.rankme(features)
-    probe = [part.to(device) for part in (train_features, train_labels, features, labels)]
+    images = to_float(data[split][0][:500], device)
+    with autocast(model.config, device), torch.compiler.set_stance("force_eager"):
+        clean = images[:mrr_images]
+        result = iwm.measure_mrr(model, clean, generator) | iwm.measure_components(model, clean)
+        result |= iwm.measure_planning(model, clean, generator)
+        result["target_std"] = model.targets(images).std(dim=(0, 1)).mean().item()
+        probe = *pooled("train"), *pooled(split)
+    result["rankme"] = iwm.rankme(probe[2])
     return result | {"knn": iwm.knn_accuracy(*probe), "linear": iwm.linear_accuracy(*probe)}
+
+
+@torch.no_grad()
+def fit_decoder(model: IWM, images: Tensor):
+    """A linear map from each target to the pixels of its patch, to look at latents.
+
+    Ridge regression on jittered images [n, 3, S, S] in 0..1; the predictor plays no part in it.
+    Returns a function: latents [B, N, D] -> images [B, 3, S, S].
+    """
+    c, generator = model.config, torch.Generator(images.device).manual_seed(0)
+    patches = dict(h=c.grid, p=c.patch, q=c.patch)
+    images = iwm.jitter(images, iwm.jitter_params(len(images), c, generator, images.device))
+    h = F.pad(model.targets(images), (0, 1), value=1.0).flatten(0, 1).cpu().double()
+    pixels = rearrange(images.cpu().double(), "b c (h p) (w q) -> (b h w) (c p q)", **patches)
+    ridge = 1e-3 * len(images) * torch.eye(h.shape[1]).double()
+    weights = torch.linalg.solve(h.T @ h + ridge, h.T @ pixels).to(images)
+
+    def decode(h):
+        pixels = F.pad(h.float(), (0, 1), value=1.0) @ weights
+        return rearrange(pixels, "b (h w) (c p q) -> b c (h p) (w q)", **patches)
+
+    return decode
 
 
 def in_words(changes: Tensor, flags=()) -> str:
     """Non-zero jitter changes [4] and destructive flags, one a line."""
-    words = [f"{name} {change:+.2f}" for name, change in zip(JITTER, changes.tolist()) if abs(change) >= 0.005]
-    words += [name for name, flag in zip(iwm.ACTION[4:], flags) if flag]
+    words = [
+        f"{name} {change:+.2f}" for name, change in zip(JITTER, changes) if change.abs() > 0.005
+    ]
+    words += [name for name, flag in zip(iwm.ACTION[len(JITTER) :], flags) if flag]
     return "\n".join(words) or "nothing"
 
 
 def sheet(rows: list[list], path: Path, tile: int = 96):
     """Draw rows of cells: an image [3, S, S] in 0..1, (image, whether to frame it), or text."""
-    columns = max(len(row) for row in rows)
-    heights = [tile if any(not isinstance(cell, str) for cell in row) else 20 for row in rows]
-    page = Image.new("RGB", (columns * (tile + 6) + 6, sum(heights) + 6 * len(rows) + 6), "white")
+    heights = [30 if all(isinstance(cell, str) for cell in row) else tile for row in rows]
+    size = max(map(len, rows)) * (tile + 6) + 6, sum(heights) + 6 * len(rows) + 6
+    page = Image.new("RGB", size, "white")
     draw, top = ImageDraw.Draw(page), 6
     for row, height in zip(rows, heights):
         for i, cell in enumerate(row):
             left = 6 + i * (tile + 6)
             if isinstance(cell, str):
-                draw.multiline_text((left, top + 4), cell, fill="black")
+                draw.multiline_text((left, top), cell, fill="black")
                 continue
             image, framed = cell if isinstance(cell, tuple) else (cell, False)
-            picture = TF.to_pil_image(image.float().clamp(0, 1))
+            picture = TF.to_pil_image(image.float().clamp(0, 1).cpu())
             page.paste(picture.resize((tile, tile), Image.Resampling.NEAREST), (left, top))
             if framed:
-                draw.rectangle((left - 2, top - 2, left + tile + 1, top + tile + 1), outline="limegreen", width=3)
+                box = (left - 2, top - 2, left + tile + 1, top + tile + 1)
+                draw.rectangle(box, outline="limegreen", width=3)
         top += height + 6
     write_whole(path, lambda aside: page.save(aside, format="PNG"))
 
 
-@torch.no_grad()
-def draw_views(images: Tensor, config: Config, path: Path):
-    """source | source's context | target | the action in words, for clean images [B, 3, S, S] in 0..1."""
-    generator = torch.Generator(images.device).manual_seed(0)
-    source, target, action = iwm.make_views(images, config, generator)
-    _, masked = iwm.sample_masks(len(images), config.grid, config, generator, images.device)
-    seen = torch.ones(len(images), config.grid**2, device=images.device).scatter_(1, masked, 0)
-    seen = F.interpolate(seen.view(-1, 1, config.grid, config.grid), scale_factor=config.patch)  # [B, 1, S, S]
-    changes = action[:, :4] * config.jitter_strengths.to(action)
-    rows: list[list] = [["image", "source x", "context of x", "target y", "action x -> y"]]
-    for i in range(len(images)):
-        context = source[i] * seen[i] + 0.5 * (1 - seen[i])
-        rows.append([images[i], source[i], context, target[i], in_words(changes[i], action[i, 4:])])
-    sheet(rows, path)
+def draw_views(images: Tensor, recipe: Recipe, path: Path):
+    """image | source | source's context | target | the action, of images [B, 3, S, S] in 0..1."""
+    generator, device, g = torch.Generator(images.device).manual_seed(0), images.device, recipe.grid
+    source, target, action = iwm.make_views(images, recipe, generator)
+    context, _ = iwm.sample_masks(len(images), g, recipe, generator, device)
+    seen = torch.zeros(len(images), g * g, device=device).scatter_(1, context, 1)
+    seen = F.interpolate(seen.view(-1, 1, g, g), scale_factor=recipe.patch)  # [B, 1, S, S]
+    visible = source * seen + 0.5 * (1 - seen)
+    changes = (action[:, : len(JITTER)] * recipe.jitter_strengths.to(device)).cpu()
+    words = [in_words(c, a[len(JITTER) :]) for c, a in zip(changes, action)]
+    head = [["image", "source x", "context of x", "target y", "action x -> y"]]
+    sheet(head + [list(row) for row in zip(images, source, visible, target, words)], path)
 
 
-@torch.no_grad()
-def draw_retrieval(model: IWM, images: Tensor, path: Path):
-    """Uncurated: an image, an action, the nearest neighbour in the bank of what is imagined, the truth; then sweeps."""
+def draw_retrieval(model: IWM, images: Tensor, decode, path: Path):
+    """image | action | what is imagined, decoded | nearest of the bank | truth; then sweeps."""
     config, generator = model.config, torch.Generator(images.device).manual_seed(1)
-    rows: list[list] = [["image", "action", "nearest", "truth", "", "image", "action", "nearest", "truth"]]
-    cells = []
-    with autocast(config, images.device):
-        for image in images.split(1):
-            params = iwm.jitter_params(config.bank, config, generator, image.device, always=True)
-            pictures, bank, imagined = iwm.variants(model, image, params)
-            nearest = int((bank - imagined[:1]).flatten(1).norm(dim=1).argmin())
-            rank = iwm.ranks(imagined, bank)[0].item()
-            words = in_words(params[0].cpu() - IDENTITY) + f"\n\nrank {rank:g} of {config.bank}"
-            cells.append([image[0], words, (pictures[nearest], nearest == 0), pictures[0]])
-        rows += [left + [""] + right for left, right in zip(cells[::2], cells[1::2])]
-        sheet(rows[:4], path.with_name("strip.png"))
-        for i, name in enumerate(JITTER):
-            pictures, bank, imagined = iwm.variants(model, images[:1], iwm.sweep_params(i, config, n=8))
-            neighbours = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).tolist()
-            rows.append([f"{name}:\ntrue variants", *pictures])
-            rows.append(["nearest to the\nimagined ones", *((pictures[j], j == k) for k, j in enumerate(neighbours))])
+    rows: list[list] = [["image", "action", "imagined,\ndecoded", "nearest\nin the bank", "truth"]]
+    for image in images.split(1):
+        params = iwm.jitter_params(config.bank, config, generator, image.device, always=True)
+        pictures, bank, imagined = iwm.variants(model, image, params)
+        nearest = int((bank - imagined[:1]).flatten(1).norm(dim=1).argmin())
+        rank = iwm.ranks(imagined, bank)[0].item()
+        words = in_words(params[0].cpu() - IDENTITY) + f"\n\nrank {rank:g} of {config.bank}"
+        found = pictures[nearest], nearest == 0
+        rows.append([image[0], words, decode(imagined[:1])[0], found, pictures[0]])
+    sheet(rows[:7], path.with_name("strip.png"))
+    for i, name in enumerate(JITTER):
+        sweep = iwm.sweep_params(i, config, n=9)
+        pictures, _, imagined = iwm.variants(model, images[:1], sweep)
+        rows += [[f"{name},\nvariants", *pictures], ["imagined,\ndecoded", *decode(imagined)]]
     sheet(rows, path)
+
+
+def draw_plan(model: IWM, images: Tensor, path: Path):
+    """image | goal | what the found action makes of the image | both actions in words."""
+    config, generator = model.config, torch.Generator(images.device).manual_seed(2)
+    params = iwm.jitter_params(len(images), config, generator, images.device, always=True)
+    goals = iwm.jitter(images, params)
+    found = model.plan(images, goals)
+    reached = iwm.jitter(images, found)
+    words = [[in_words(p - IDENTITY) for p in actions.cpu()] for actions in (found, params)]
+    head = [["image", "goal", "reached", "action found", "true action"]]
+    sheet(head + [list(row) for row in zip(images, goals, reached, *words)], path)
+
+
+@torch.no_grad()
+def draw(model: IWM, data: dict, out: Path):
+    """All pictures of a run folder, of the first eight held-out images: uncurated."""
+    device = next(model.parameters()).device
+    images = to_float(data["val"][0][:8], device)
+    draw_views(images, model.config, out / "views.png")
+    with autocast(model.config, device), torch.compiler.set_stance("force_eager"):
+        decode = fit_decoder(model, to_float(data["train"][0][:500], device))
+        draw_retrieval(model, images, decode, out / "retrieval.png")
+        draw_plan(model, images, out / "plan.png")
 
 
 def draw_curves(metrics: list[dict], path: Path):
-    if matplotlib is None:
+    try:
+        import matplotlib.figure
+    except ImportError:  # an optional extra
         return
-    panels = ["loss", "target_std", "rankme", "mrr chance", "knn linear", " ".join(f"error_{name}" for name in JITTER)]
+    panels = "loss", "target_std", "rankme", "mrr chance plan_left", "knn linear"
+    panels += (" ".join(f"error_{name}" for name in JITTER),)
     figure = matplotlib.figure.Figure(figsize=(12, 6), layout="constrained")
     for axis, panel in zip(figure.subplots(2, 3).flat, panels):
         for name in panel.split():
-            points = [(m["images"], m[name]) for m in metrics if m[name] is not None]
-            axis.plot(*zip(*points) if points else ([], []), marker=".", label=name)
-        axis.set_ylim(bottom=0)
-        axis.locator_params(axis="x", nbins=4)
-        axis.set_xlabel("images seen")
+            axis.plot([m["images"] for m in metrics], [m[name] for m in metrics], ".-", label=name)
+        axis.set(xlabel="images seen", ylim=(0, None))
         axis.legend()
     write_whole(path, lambda aside: figure.savefig(aside, dpi=80, format="png"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run folder and the command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The run folder and the command line ---------------------------------------------------------
 
 
-def parse(argv=None) -> tuple[Config, argparse.Namespace]:
-    """Command line -> configuration (preset, then flags) and run options (out, device, resume)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="defaults to start from (default: the one that suits --data)")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ from it)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of them that is there)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out (start it if there is none)")
-    parser.add_argument("--table", type=Path, nargs="+", metavar="RUN", help="print a table of finished runs and stop; "
-                        "with --preset they are named by their flags on top of it")  # fmt: skip
-    for f in fields(Config):
+def write_whole(path: Path, write):
+    """Write aside, then rename: nobody ever sees half a file; a full disk leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    write(aside)
+    os.replace(aside, path)
+
+
+def parse(argv=None) -> tuple[argparse.Namespace, dict]:
+    """Command line -> the options, and the settings of Recipe that were given."""
+    wide = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=120)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=wide)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="where to start from (default: what suits --data)")
+    add("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ)")
+    add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--measure", type=Path, metavar="CHECKPOINT", help="measure it, draw it, train nothing")
+    add("--table", type=Path, nargs="+", metavar="RUN", help="print a table of finished runs")
+    for f in fields(Recipe):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                            help=f"{f.metadata['help']} (default of preset shapes: {f.default})")  # fmt: skip
-    parser.error = lambda message: die(f"{message}; see --help")  # one line instead of the list of all flags
+        help = f"{f.metadata['help']} ({getattr(PRESETS['shapes'], f.name)})"
+        add(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=help, **kind)
+    parser.error = lambda message: sys.exit(f"{message}; see --help")  # not the list of all flags
     args = parser.parse_args(argv)
-    if args.out == Path():
-        die("--out is the current folder: name a folder of its own")
-    if args.table:
-        print(table(args.table, [args.preset] if args.preset else PRESETS))
-        sys.exit()
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    data = given.get("data", "shapes")
-    preset = args.preset or {"shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}.get(data, "imagenet100")
-    base = PRESETS[preset]
-    if args.out is None:
-        changed = [f"{n}={Path(str(v)).name}" for n, v in given.items() if v != getattr(base, n)]
-        args.out = Path("runs") / ",".join([preset, *changed])
-    try:
-        stored = args.out / "config.json"
-        if stored.exists() and not args.resume:
-            die(f"{args.out} holds a run already: add --resume to go on with it, or choose another --out")
-        if stored.exists():
-            given = (asdict(base) if args.preset else {}) | given
-            base = Config(**json.loads(stored.read_text()))
-            changed = [f"{n} is {getattr(base, n)} there, {v} here" for n, v in given.items() if v != getattr(base, n)]
-            if changed:
-                die(f"{args.out} is a run with another configuration ({'; '.join(changed)}): choose another --out")
-        config = replace(base, **given)
-    except json.JSONDecodeError as error:
-        die(f"{stored} is damaged: {error}")
-    except (ValueError, TypeError, OSError) as error:
-        die(f"{error}")
-    if args.resume and not (args.out / "last.pt").exists():
-        print(f"{args.out} has no checkpoint to resume: starting at step 0")
-    return config, args
+    return args, {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
 
 
-def open_run(out: Path, config: Config):
-    """Make the run folder with its configuration. -> a file whose lock keeps other processes out while it is open"""
+def choose_recipe(args, given: dict) -> tuple[Recipe, Path]:
+    """The preset with the given settings, or the recipe of the run to go on with; its folder."""
+    usual = {"shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
+    preset = args.preset or usual.get(given.get("data", "shapes"), "imagenet100")
+    recipe = PRESETS[preset]
+    changed = [f"{n}={Path(str(v)).name}" for n, v in given.items() if v != getattr(recipe, n)]
+    out = args.out or Path("runs") / ",".join([preset, *changed])[:200]
     stored = out / "config.json"
-    if not stored.exists():
-        write_whole(stored, lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
-    if not os.access(stored, os.W_OK):
-        die(f"cannot write {stored}")
-    lock = stored.open("a")
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        die(f"another process is at work in {out}: wait for it, or choose another --out")
-    except OSError:
-        pass  # a file system without locks
-    return lock
+    if stored.exists() and not args.resume:
+        sys.exit(f"{out} holds a run already: add --resume to go on, or choose another --out")
+    if stored.exists():
+        recipe = Recipe(**json.loads(stored.read_text()))
+        given = (asdict(PRESETS[preset]) if args.preset else {}) | given
+        where = given.pop("data", recipe.data)
+        differs = [f"{n} was {getattr(recipe, n)}, now {v}" for n, v in given.items()
+                   if v != getattr(recipe, n)]  # fmt: skip
+        if differs:
+            sys.exit(f"{out} cannot go on with other settings: {'; '.join(differs)}")
+        if where != recipe.data:  # where the data lies is no setting of the experiment
+            print(f"the data is read from {where} now, before from {recipe.data}")
+        given = {"data": where}
+    return replace(recipe, **given), out
 
 
-def choose_device(name: str | None) -> torch.device:
-    if WORLD > 1 and torch.cuda.is_available() and name in (None, "cuda"):
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.zeros(1).to(name).tolist()
-        return torch.device(name)
-    except Exception as error:  # each backend fails in its own way
-        die(f"device {name} cannot be used: {brief(error)}; choose cuda, mps or cpu")
-
-
-def keep_memory():
-    """Have glibc keep freed memory: to give it back and get it anew, page by page, took up to a third of a step."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no mallopt
-        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: no mapping of its own below 1 GiB
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the heap
-
-
-def return_memory():
-    """Give back, once, what a measurement has left on the heap: else resident memory would grow with each of them."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def leave():
-    """Processes end together: torchrun ends the others with the first, while rank 0 may still be saving or reporting."""
-    if WORLD > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def schedule(step: int, config: Config) -> tuple[float, float, float]:
-    """Learning rate (linear warm-up, cosine to 1e-6), weight decay (cosine), teacher's momentum (linear to 1)."""
-    warmup, done = config.warmup * config.steps, step / config.steps
-
-    def cosine(first, last, share):
-        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
-
-    lr = cosine(config.lr, 1e-6, max(step - warmup, 0) / max(config.steps - warmup, 1))
-    if step + 1 < warmup:
-        lr = config.lr * (step + 1) / warmup
-    weight_decay = cosine(config.weight_decay, config.weight_decay_end, done)
-    return lr, weight_decay, config.ema + (1 - config.ema) * done
-
-
-def make_optimizer(model: IWM, config: Config) -> torch.optim.AdamW:
-    """AdamW; weight decay not on biases and 1-D weights (I-JEPA). deviation: beta2 is 0.95, for short runs."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in named if p.ndim > 1 and not name.endswith("bias")]
-    others = [p for name, p in named if p.ndim <= 1 or name.endswith("bias")]
-    groups: list[dict] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-
-
-def main():
-    config, args = parse()
-    keep_memory()
-    device = choose_device(args.device)
+def set_up(name: str | None) -> torch.device:
+    """The device; the processes that share a batch; a heap that keeps what is freed."""
     torch.set_float32_matmul_precision("high")
-    if WORLD > 1:
-        if config.batch_size % WORLD:
-            die(f"batch_size {config.batch_size} cannot be shared among {WORLD} processes: make it a multiple")
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: a tenth of a CPU's step
+        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = [device for device, is_there in there.items() if is_there] + ["cpu"]
+    name = name or there[0]
+    if name.split(":")[0] not in there:
+        sys.exit(f"device {name} is not here: choose {' or '.join(there)}")
+    if LAUNCHED:
+        if name == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
+        dist.init_process_group("nccl" if "cuda" in name else "gloo", timeout=timedelta(days=1))
         if RANK > 0:
-            dist.barrier()  # rank 0 downloads or decodes first, the others find it done
-    data = load_data(config, device, args.out.parent / "cache")
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
-    train_images = data["train"][0]
-    per_epoch = len(train_images) // config.batch_size
-
-    torch.manual_seed(config.seed)
-    model = IWM(config).to(device)
-    optimizer = make_optimizer(model, config)
-    start, seconds, metrics, losses = 0, 0.0, [], []
-    lock = open_run(args.out, config) if RANK == 0 else None
-    if args.resume and (args.out / "last.pt").exists():
-        try:
-            state = torch.load(args.out / "last.pt", map_location=device, weights_only=True)
-            assert Config(**state["config"]) == config, "it has another configuration"
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            start, seconds, metrics, losses = (state[name] for name in ("step", "seconds", "metrics", "losses"))
-            del state
-        except Exception as error:  # a damaged file can raise anything
-            die(f"{args.out / 'last.pt'} is not a checkpoint of this run: {brief(error)}")
-    if config.compile:
-        for part in (model.encoder, model.teacher, model.predictor):
-            part.compile()
-    step_model = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-
-    began = time.monotonic() - seconds
-    clock = lambda: round(time.monotonic() - began, 1)
-
-    def save(step):
-        state = {"config": asdict(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "step": step, "seconds": clock(), "metrics": metrics, "losses": losses}  # fmt: skip
-        write_whole(args.out / "last.pt", lambda path: torch.save(state, path))
-        lines = "".join(json.dumps(m) + "\n" for m in metrics)
-        write_whole(args.out / "metrics.jsonl", lambda path: path.write_text(lines))
-
-    def record(step):
-        """Measure, append to the metrics, refresh the pictures, save."""
-        loss = torch.tensor(losses).mean().item() if losses else None
-        now = {"step": step, "images": step * config.batch_size, "seconds": clock(), "loss": loss}
-        now |= measure(model, data, "val", min(config.mrr_images, 16), 4000) | {"memory_gib": peak_memory(device)}
-        metrics.append(now)
-        if not math.isfinite(now["rankme"]):
-            die(f"the latents are not finite at step {step}: lower --lr ({args.out}/last.pt is from before)")
-        if step and (now["rankme"] < 2 or now["target_std"] < 0.02):
-            tqdm.write(f"step {step}: RankMe {now['rankme']:.1f}, target std {now['target_std']:.3f}: the latents have "
-                       "collapsed. Stop (Ctrl-C), lower --lr or raise --ema", file=sys.stderr)  # fmt: skip
-        losses.clear()
-        save(step)
-        images = to_float(data["val"][0][:8], device)
-        draw_views(images, config, args.out / "views.png")
-        draw_retrieval(model, images, args.out / "retrieval.png")
-        draw_curves(metrics, args.out / "curves.png")
-        return_memory()
-
-    stopped = []  # a signal asks the loop to stop after its step; a second one kills
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: (stopped.append(n), signal.signal(n, signal.SIG_DFL)))
-    encoder, predictor = (sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor))
-    print(f"{args.out}: encoder {encoder:,} and predictor {predictor:,} parameters, {len(train_images)} images, "
-          f"{device}" + f" x {WORLD}" * (WORLD > 1) + f", {precision(config, device)}".replace("torch.", ""))  # fmt: skip
-    if matplotlib is None:
-        print("no curves.png without matplotlib: pip install matplotlib")
-    if start:
-        print(f"going on at step {start} of {config.steps}")
-    if RANK == 0 and not metrics:
-        record(0)
-    generator, B = torch.Generator(device), config.batch_size
-    bar = tqdm(total=config.steps * B, initial=start * B, unit=" images", unit_scale=True, disable=RANK > 0,
-               mininterval=0.1 if sys.stderr.isatty() else 30)  # seconds; a log file needs fewer lines  # fmt: skip
-    running, saved = [], time.monotonic()
-    for step in range(start, config.steps):
-        # everything random in a step follows from (seed, step), so a resumed run repeats what it would have been
-        if step % per_epoch == 0 or step == start:
-            epoch = torch.Generator().manual_seed(config.seed * 10**8 + step // per_epoch)
-            order = torch.randperm(len(train_images), generator=epoch).to(train_images.device)
-        generator.manual_seed(config.seed * 10**8 + step + RANK * 10**17)
-        batch = order[step % per_epoch * B :][:B][RANK::WORLD]  # each process has its share of the batch
-
-        with autocast(config, device):
-            loss = step_model(to_float(train_images[batch], device), generator)
-        loss.backward()
-        lr, weight_decay, momentum = schedule(step, config)
-        optimizer.param_groups[0]["weight_decay"] = weight_decay
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        model.update_teacher(momentum)
-
-        running.append(loss.detach())
-        bar.update(B)
-        done = step + 1
-        measuring = done * config.measurements // config.steps > step * config.measurements // config.steps
-        if len(running) == 20 or measuring or (stopped and WORLD == 1):  # the host reads from the device only here
-            losses += torch.stack(running).tolist()
-            running.clear()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", mrr=f"{metrics[-1]['mrr']:.3f}" if metrics else "", refresh=False)
-            if not math.isfinite(losses[-1]):
-                die(f"the loss is {losses[-1]} at step {done}, lr {lr:.2g}: lower --lr (last.pt is from before)")
-            stop = torch.tensor(max(stopped, default=0), device=device)
-            if WORLD > 1:  # stop together or not at all
-                dist.all_reduce(stop, dist.ReduceOp.MAX)
-            if RANK == 0 and measuring:
-                record(done)
-            elif RANK == 0 and (stop or time.monotonic() - saved > 120):
-                save(done)
-                saved = time.monotonic()
-            if stop:
-                bar.close()
-                leave()
-                launcher = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
-                print(f"stopped and saved at step {done}. Go on with: {launcher} train.py --out '{args.out}' --resume")
-                sys.exit(128 + int(stop))
-    bar.close()
-    for number in (signal.SIGINT, signal.SIGTERM):  # everything is saved: from here on a signal just ends
-        signal.signal(number, signal.SIG_DFL)
-    if RANK == 0:
-        report(model, data, config, args.out, clock())
-        lock.close()
-    leave()
+            sys.stdout = open(os.devnull, "w")
+    return torch.device(name)
 
 
-def mean_std(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; of a single value just the value; "-" where one is not known (NaN)."""
-    if any(map(math.isnan, values)):
-        return "-"
+def load_checkpoint(path: Path, device) -> IWM:
+    """A checkpoint of train.py -> IWM, frozen. Read with weights_only: nothing in it is run."""
+    if not path.exists():
+        sys.exit(f"{path} does not exist: name the last.pt of a run")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        model = IWM(Recipe(**state["config"])).to(device)
+        model.load_state_dict(state["model"])
+        return model.requires_grad_(False)
+    except Exception as error:  # foreign bytes can raise anything
+        sys.exit(f"{path} is no checkpoint of train.py ({type(error).__name__})")
+
+
+def mean_std(values: list[float], digits: int = 1) -> str:
+    """Mean and, of several, standard deviation."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def as_flags(config: Config, presets: Iterable[str] = PRESETS) -> str:
-    """What a run trains (not its data and seed) as flags on top of one of the presets, the one that leaves the fewest."""
-    settings = {n: v for n, v in asdict(config).items() if n not in ("seed", "data", "measurements", "mrr_images")}
-    names: list[list[str]] = []
-    for preset in presets:
-        flags = ["--preset", preset]
-        for name, value in settings.items():
-            if value != getattr(PRESETS[preset], name):
-                flag = name.replace("_", "-")
-                switch = {True: f"--{flag}", False: f"--no-{flag}"}
-                flags.append(switch[value] if isinstance(value, bool) else f"--{flag} {value}")
-        names.append(flags)
-    shortest = min(names, key=len)
-    return " ".join(shortest)
-
-
-def table(paths: list[Path], presets: Iterable[str]) -> str:
-    """Markdown of finished runs (folders, or copies of their result.json). Runs that differ by their seed share a row."""
-    measures = {"mrr": ("MRR", 1, 3), "mrr_pooled": ("pooled MRR", 1, 3), "hit1": ("H@1", 1, 3),
-                "knn": ("kNN %", 100, 1), "linear": ("linear %", 100, 1)}  # key: name, unit, digits  # fmt: skip
-    rows: dict[tuple, dict] = {}
-    for path in paths:
-        file = path / "result.json" if path.is_dir() else path
-        if path.is_dir() and not file.exists():
-            if (path / "config.json").exists():
-                print(f"{path} is no finished run: left out", file=sys.stderr)
-            continue
-        try:
+def table(folders: list[Path]) -> str:
+    """Markdown. Runs of the same settings and data, whatever their seed, share a row."""
+    rows: dict[str, list] = {}
+    for file in (folder / "result.json" for folder in folders):
+        if file.exists():
             result = json.loads(file.read_text())
-            config = Config(**result["config"])
-            for who in ("trained", "random"):
-                result[who].setdefault("mrr_pooled", math.nan)  # runs from before it was measured
-            found = [unit * result[who][key] for key, (_, unit, _) in measures.items() for who in ("trained", "random")]
-            found.append(result["seconds"] / 60)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            die(f"{file} is no result.json of a finished run: {brief(error)}")
-        row = Path(config.data).name, as_flags(config, presets), f"{iwm.chance(config.bank):.4f}"
-        rows.setdefault(row, {})[config.seed] = found
-
-    if not rows:
-        die("--table found no finished run")
-    names = [f"{name} (random init)" for name, _, _ in measures.values()]
-    lines = [f"| data | run | MRR by chance | seeds | {' | '.join(names)} | minutes |", "|---" * (len(names) + 5) + "|"]
-    for row, seeds in rows.items():
-        *values, minutes = zip(*seeds.values())
-        cells = [f"{mean_std(trained, digits)} ({mean_std(random, digits)})"
-                 for trained, random, (_, _, digits) in zip(values[::2], values[1::2], measures.values())]  # fmt: skip
-        lines.append(f"| {' | '.join([*row, str(len(seeds)), *cells, mean_std(minutes, 0)])} |")
+            result["name"] = re.sub(r",?seed=\d+", "", file.parent.name)
+            settings = {n: v for n, v in result["config"].items() if n != "seed"}
+            rows.setdefault(json.dumps(settings), []).append(result)
+        else:
+            print(f"{file.parent} is no finished run: left out", file=sys.stderr)
+    names = ("mrr", "hit1", "plan_left", "knn", "linear")
+    lines = [f"| run | seeds | {' | '.join(names)} | minutes |", "|---" * (len(names) + 3) + "|"]
+    for runs in rows.values():
+        cells = [mean_std([run["trained"].get(n, math.nan) for run in runs], 3) for n in names]
+        minutes = mean_std([run["seconds"] / 60 for run in runs], 0)
+        lines.append(f"| {' | '.join([runs[0]['name'], str(len(runs)), *cells, minutes])} |")
     return "\n".join(lines)
 
 
 def peak_memory(device) -> float | None:
-    """Most memory held at any time, of the GPU or else of this process, in GiB; None where it is not known."""
+    """Most memory held so far, of the GPU or of this process, in GiB; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    if resource:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-    return None
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def report(model: IWM, data: dict, config: Config, out: Path, seconds: float):
-    """The last table: the trained network and a randomly initialised one on the test images."""
-    device = next(model.parameters()).device
-    torch.manual_seed(config.seed)
-    print(f"measuring on {len(data['test'][0])} test images (MRR on {config.mrr_images} of them) ...")
-    result: dict = {"trained": measure(model, data, "test", config.mrr_images, 10_000)}
-    result["random"] = measure(IWM(config).to(device), data, "test", min(config.mrr_images, 32), 10_000)
-    used = replace(config, bf16=precision(config, device) == torch.bfloat16)
-    result |= {"config": asdict(used), "seconds": seconds, "memory_gib": peak_memory(device)}
-    write_whole(out / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
-    classes = int(data["train"][1].max()) + 1
-    print(f"\n{'test images':24} {'this run':>9} {'random init':>12} {'chance':>8}")
-    rows = [("mrr", f"MRR (bank of {config.bank})", iwm.chance(config.bank)),
-            ("mrr_pooled", "MRR of pooled latents", iwm.chance(config.bank)), ("hit1", "H@1", 1 / config.bank),
-            ("knn", "kNN accuracy", 1 / classes), ("linear", "linear probe accuracy", 1 / classes)]  # fmt: skip
-    for key, label, by_chance in rows:
-        print(f"{label:24} {result['trained'][key]:9.4f} {result['random'][key]:12.4f} {by_chance:8.4f}")
-    print(f"\n{seconds / 60:.1f} minutes, peak memory {result['memory_gib'] or math.nan:.1f} GiB; see {out}")
+def report(model: IWM, data: dict, out: Path, seconds: float):
+    """The last table: this network and a randomly initialised one on the test images."""
+    recipe, device = model.config, next(model.parameters()).device
+    mrr, probes = math.ceil(recipe.effort * recipe.mrr_images), math.ceil(recipe.effort * 10_000)
+    print(f"measuring on test images ({mrr} for MRR and planning) ...")
+    torch.manual_seed(recipe.seed)
+    trained = measure(model, data, "test", mrr, probes)
+    random = measure(IWM(recipe).to(device), data, "test", math.ceil(mrr / 4), probes)
+    used = replace(recipe, bf16=precision(recipe, device) == torch.bfloat16)
+    result = {"trained": trained, "random": random, "config": asdict(used)}
+    result |= {"seconds": seconds, "memory_gib": peak_memory(device)}
+    write_whole(out / "result.json", lambda aside: aside.write_text(json.dumps(result, indent=1)))
+    one = 1 / (int(data["train"][1].max()) + 1)
+    chance = dict(
+        mrr=iwm.chance(recipe.bank), hit1=1 / recipe.bank, plan_left=1, knn=one, linear=one
+    )
+    print(f"\n{'test images':12} {'this run':>9} {'random init':>12} {'chance':>8}")
+    for name, by_chance in chance.items():
+        print(f"{name:12} {trained[name]:9.4f} {random[name]:12.4f} {by_chance:8.4f}")
+    print(f"\n{seconds / 60:.1f} minutes; see {out}")
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def schedule(step: int, recipe: Recipe) -> tuple[float, float, float]:
+    """Learning rate (linear warm-up, cosine to 1e-6), weight decay (cosine), EMA (linear to 1)."""
+    warmup, done = recipe.warmup * recipe.steps, step / recipe.steps
+
+    def cosine(first, last, share):
+        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
+
+    lr = cosine(recipe.lr, 1e-6, max(step - warmup, 0) / max(recipe.steps - warmup, 1))
+    if step + 1 < warmup:
+        lr = recipe.lr * (step + 1) / warmup
+    weight_decay = cosine(recipe.weight_decay, recipe.weight_decay_end, done)
+    return lr, weight_decay, recipe.ema + (1 - recipe.ema) * done
+
+
+def make_optimizer(model: IWM, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW; weight decay not on biases and 1-D weights (I-JEPA). deviation: beta2 is 0.95."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in named if p.ndim > 1 and not name.endswith("bias")]
+    others = [p for name, p in named if p.ndim <= 1 or name.endswith("bias")]
+    groups: list[dict] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+
+
+def train_step(model, optimizer, images: Tensor, step: int, recipe: Recipe, generator) -> Tensor:
+    """One step on uint8 images [B, 3, S, S] -> its loss, left on the device."""
+    # everything random follows from (seed, step): a resumed run repeats what it would have been
+    generator.manual_seed(recipe.seed * 10**8 + step + RANK * 10**17)
+    with autocast(recipe, images.device):
+        loss = model(to_float(images), generator)
+    loss.backward()
+    lr, weight_decay, momentum = schedule(step, recipe)
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    getattr(model, "module", model).update_teacher(momentum)
+    return loss.detach()
+
+
+def save(out: Path, model: IWM, optimizer, log: dict):
+    """last.pt: all that --resume needs; metrics.jsonl."""
+    state = {"config": asdict(model.config), "model": model.state_dict()}
+    state |= {"optimizer": optimizer.state_dict()} | log
+    write_whole(out / "last.pt", lambda aside: torch.save(state, aside))
+    lines = "".join(json.dumps(m) + "\n" for m in log["metrics"])
+    write_whole(out / "metrics.jsonl", lambda aside: aside.write_text(lines))
+
+
+def record(out: Path, model: IWM, optimizer, log: dict, data: dict):
+    """Measure on held-out images, append it to the log and save."""
+    recipe, step = model.config, log["step"]
+    loss = statistics.mean(log["losses"]) if log["losses"] else math.nan
+    now = {
+        "step": step,
+        "images": step * recipe.batch_size,
+        "seconds": log["seconds"],
+        "loss": loss,
+    }
+    sizes = math.ceil(recipe.effort * recipe.mrr_images / 4), math.ceil(recipe.effort * 4000)
+    now |= measure(model, data, "val", *sizes)
+    now["memory_gib"] = peak_memory(next(model.parameters()).device)
+    if step and (now["rankme"] < 2 or now["target_std"] < 0.02):
+        tqdm.write(f"RankMe {now['rankme']:.1f}, target std {now['target_std']:.3f}: the latents "
+                   "have collapsed, lower --lr or raise --ema", file=sys.stderr)  # fmt: skip
+    log["metrics"].append(now)
+    log["losses"] = []
+    save(out, model, optimizer, log)
+    draw_curves(log["metrics"], out / "curves.png")
+
+
+def main():
+    args, given = parse()
+    if args.table:
+        return print(table(args.table))
+    device = set_up(args.device)
+    if args.measure:
+        model = load_checkpoint(args.measure, device)
+        model.config = replace(model.config, **given)
+        out = args.out or Path("runs") / f"measured-{args.measure.parent.name}"
+        data = load_data(replace(model.config, batch_size=1), device, out.parent / "cache")
+        report(model, data, out, 0.0)
+        return draw(model, data, out)
+
+    # data
+    recipe, out = choose_recipe(args, given)
+    if recipe.batch_size % WORLD:
+        sys.exit(f"batch_size {recipe.batch_size} must be a multiple of the {WORLD} processes")
+    if RANK > 0:
+        dist.barrier()  # rank 0 downloads or decodes first, the others find it done
+    data = load_data(recipe, device, out.parent / "cache")
+    if LAUNCHED and RANK == 0:
+        dist.barrier()
+
+    # model
+    torch.manual_seed(recipe.seed)
+    model = IWM(recipe).to(device)
+    optimizer = make_optimizer(model, recipe)
+    log = {"step": 0, "seconds": 0.0, "losses": [], "metrics": []}
+    if args.resume and (out / "last.pt").exists():
+        state = torch.load(out / "last.pt", map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        log = {name: state[name] for name in log}
+    if recipe.compile:
+        for part in (model.encoder, model.teacher, model.predictor):  # CUDA graphs on a GPU
+            part.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
+    step_model = nn.parallel.DistributedDataParallel(model) if LAUNCHED else model
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor)]
+    print(f"{out}: encoder {sizes[0]:,} and predictor {sizes[1]:,} parameters, {len(data['train'][1])} "
+          f"images, {WORLD} x {device}, {precision(recipe, device)}, from step {log['step']}")  # fmt: skip
+    began, saved, running = time.monotonic() - log["seconds"], time.monotonic(), []
+    if RANK == 0 and not log["metrics"]:
+        text = json.dumps(asdict(recipe), indent=1)
+        write_whole(out / "config.json", lambda aside: aside.write_text(text))
+        record(out, model, optimizer, log, data)
+
+    # the loop: a step, and now and then a look at the loss, a save or a measurement
+    generator = torch.Generator(device)
+    times = math.ceil(recipe.effort * recipe.measurements)
+    bar = tqdm(total=recipe.steps, initial=log["step"], disable=RANK > 0, **QUIET)
+    for images in batches(data["train"][0], recipe, log["step"], device):
+        loss = train_step(step_model, optimizer, images, log["step"], recipe, generator)
+        running.append(loss)
+        log["step"] += 1
+        bar.update()
+        due = log["step"] * times // recipe.steps > (log["step"] - 1) * times // recipe.steps
+        if len(running) < 20 and not due:
+            continue
+        log["losses"] += torch.stack(running).tolist()  # only here the host waits for the device
+        running, log["seconds"] = [], time.monotonic() - began
+        bar.set_postfix(loss=f"{log['losses'][-1]:.3f}", refresh=False)
+        if not math.isfinite(log["losses"][-1]):
+            sys.exit(f"the loss is not finite at step {log['step']}: lower --lr")
+        if RANK == 0 and due:
+            record(out, model, optimizer, log, data)
+        elif RANK == 0 and time.monotonic() - saved > 120:
+            save(out, model, optimizer, log)
+            saved = time.monotonic()
+    bar.close()
+
+    if RANK == 0:
+        report(model, data, out, log["seconds"])
+        draw(model, data, out)
+    if LAUNCHED:  # processes end together
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not stop a run
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit("stopped: the same command with --resume goes on, two minutes back at most")
+    except OSError as error:  # of the disk or the network: a full disk, a folder without access
+        sys.exit(f"{error}")

@@ -1,199 +1,150 @@
-"""Draw the README's figures from assets/results and print their numbers: python assets/figures.py (needs matplotlib)."""
+"""python assets/figures.py: the figures, and the tables between markers in README, RESULTS."""
 
 import json
-import math
 import re
-import statistics
+import statistics as st
 import sys
+from math import atanh, sqrt, tanh
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from finetune import over_runs, read_rows  # noqa: E402
-from iwm import chance  # noqa: E402
-from train import mean_std  # noqa: E402
-
-RESULTS = HERE / "results"
-GRID = RESULTS / "grid"  # NAME-sSEED.result.json and, of the same run, .finetune.jsonl
-CHANCE = chance(256)
-plt.rcParams |= {"figure.facecolor": "white", "axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
-
-
-def accuracies(rows: list[dict]) -> dict[str, dict[int, float]]:
-    """Rows of a finetune.jsonl: name -> seed -> test accuracy in percent; of a row that is there twice the last counts."""
-    scores = {}
-    for row in rows:
-        [score] = row["test"].values()  # of its only task
-        scores.setdefault(row["row"], {})[row["seed"]] = 100 * score
-    return scores
-
-
-def seeds_of(name: str, ending: str) -> list[Path]:
-    """The files of a long run: with seed 0, then with other pretraining seeds."""
-    return [*RESULTS.glob(f"{name}.{ending}"), *sorted(RESULTS.glob(f"{name}-s[0-9].{ending}"))]
+LINES = [json.loads(line) for line in (HERE / "results.jsonl").open(encoding="utf-8")]
+T95 = (12.7, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31)  # Student's t by degrees of freedom
+GAIN = "learned predictor - random predictor"
+NAMES = {"mrr": "MRR", "mrr_pooled": "pooled MRR", "hit1": "H@1", "knn": "kNN", GAIN: "gain"}
+TUNED = f"random predictor|learned predictor|{GAIN}|encoder|end-to-end"
+SHARED = [f"{x} predictor, {y}" for x in ("random", "learned") for y in ("shared", "one each")]
+AVERAGED = "predictor", "teacher", "1 imagined", "8 imagined", "32 imagined"
+BY_RUN = {  # table: studies, columns, tasks of the finetuning rows
+    "grid": ("grid preset", "mrr|mrr_pooled|hit1|knn|linear", "classify"),
+    "earlier": ("earlier", "mrr|hit1|knn|linear", "classify"),
+    "dial": ("dial", f"mrr|hit1|knn|linear|attentive|{TUNED}", "classify"),
+    "finetuning": ("grid preset", f"attentive|{TUNED}", "classify"),
+    "averaging": ("grid", "|".join(f"linear, {of}" for of in AVERAGED), "classify"),
+    "shapes": ("preset earlier", f"attentive|{TUNED.split('|enc')[0]}", "shape"),
+    "segment": ("preset earlier", f"linear per patch|{TUNED}", "segment"),
+    "tasks": ("preset earlier", "|".join(["attentive", *SHARED]), "shape colour texture"),
+}  # fmt: skip
 
 
-def runs() -> dict[str, dict[int, dict]]:
-    """name -> seed -> measures on the test images, and the test accuracy of each finetuning row in percent."""
-    found = {}
-    for path in sorted(GRID.glob("*.result.json")):
-        name, seed = re.fullmatch(r"(.+)-s(\d+)", path.name.removesuffix(".result.json")).groups()
-        run = dict(json.loads(path.read_text())["trained"])
-        rows = read_rows(path.with_name(path.name.replace("result.json", "finetune.jsonl")))
-        run |= {row: statistics.mean(scores.values()) for row, scores in accuracies(rows).items()}
-        run |= {"linear": 100 * run["linear"], "knn": 100 * run["knn"]}
-        if "random predictor" in run:
-            run["gain"] = run["learned predictor"] - run["random predictor"]
-        found.setdefault(name, {})[int(seed)] = run
-    return found
+def runs(study, run=None):
+    found = [d for d in LINES if d["study"] == study and run in (None, d.get("run"))]
+    return found or sys.exit(f"error: results.jsonl has no runs {study} {run or ''}")
 
 
-def save(figure, name: str):
-    figure.savefig(HERE / name, dpi=110)
-    plt.close(figure)
+def get(d, key, tasks="classify"):
+    """A measure on test images, or a finetuning row's accuracy in percent; None if not there."""
+    if " - " in key:
+        a, b = (get(d, k, tasks) for k in key.split(" - "))
+        return None if None in (a, b) else a - b
+    if key in d["trained"]:
+        return d["trained"][key] * (100 if key in ("knn", "linear") else 1)
+    rows = [r for r in d.get("finetune", []) if (r["row"], r["tasks"]) == (key, tasks.split())]
+    return 100 * st.mean(st.mean(r["test"].values()) for r in rows) if rows else None
 
 
-def conditioning(found):
-    """MRR over training (the long runs, each seed a line) and at the end of short runs (each seed a point)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained", width_ratios=(2, 1))
-    long = (("cifar-preset", "feature, colour x 3, 28,000 steps (the preset)", "C3-"),
-            ("cifar-colour", "feature, colour x 3", "C3--"), ("cifar-all", "the same, loss at all patches", "C4-"),
-            ("cifar-one-block", "the same, one block masked (2,400 and 3,200 steps)", "C5-"),
-            ("cifar-one-block-sequence", "the same, sequence (2,000 steps)", "C1-"),
-            ("cifar-feature", "feature, strength 2", "C0-"),
-            ("cifar-strength1", "feature, strength 1", "C0--"), ("cifar-ijepa", "I-JEPA", "C2-"))  # fmt: skip
-    for name, label, style in long:
-        for i, path in enumerate(seeds_of(name, "metrics.jsonl")):
-            points = [(m["step"], m["mrr"]) for m in read_rows(path)]
-            left.plot(*zip(*points), style, marker=".", label=None if i else label)
-    for i, (name, colour) in enumerate((("none", "C2"), ("sequence", "C1"), ("feature", "C0"))):
-        scores = [run["mrr"] for run in found.get(name, {}).values()]
-        right.plot([i] * len(scores), scores, "o", color=colour)
-    right.set_xticks(range(3), ("none", "sequence", "feature"))
-    for axis, title in (
-        (left, "20,000 steps unless said, a line a seed, 16 held-out images"),
-        (right, "2,000 steps, 64 test images"),
-    ):
-        axis.axhline(CHANCE, color="gray", linestyle=":")
-        axis.set(ylabel="MRR", ylim=(0, None), title=title)
-    right.text(1, CHANCE + 0.01, "chance", color="gray", ha="center")
-    left.set_xlabel("step")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    save(figure, "conditioning.png")
+def values(study, run, key, tasks="classify"):
+    found = [v for d in runs(study, run) if (v := get(d, key, tasks)) is not None]
+    return found or sys.exit(f"error: results.jsonl has no {key} of {study} {run}")
 
 
-def difficulty(found):
-    """MRR by difficulty of the transformations and depth of the predictor, each seed a point, a line through the means."""
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    depths = {
-        "6 blocks": ("C0", "x1-jitter", "x1", "feature"),
-        "2 blocks": ("C3", "x1-jitter-shallow", "x1-shallow", "shallow"),
-    }
-    for label, (colour, *names) in depths.items():
-        means = []
-        for i, name in enumerate(names):
-            scores = [run["mrr"] for run in found.get(name, {}).values()]
-            axis.plot([i] * len(scores), scores, "o", color=colour, alpha=0.5)
-            means.append(statistics.mean(scores) if scores else math.nan)
-        axis.plot(range(3), means, color=colour, label=f"predictor of {label}")
-    axis.axhline(CHANCE, color="gray", linestyle=":", label="chance")
-    axis.set_xticks(range(3), ("jitter", "+ destructive", "+ strong jitter"))
-    axis.set(ylabel="MRR, each on its own bank", ylim=(0, None))
-    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 0.08))
-    save(figure, "difficulty.png")
+def cell(found, n, seeds):
+    """Mean±sample deviation (n, if not all seeds); below three seeds no result: each of them."""
+    mean = f"{st.mean(found):.{n}f}±{st.stdev(found):.{n}f}" if found[2:] else ""
+    text = mean or ", ".join(f"{v:.{n}f}" for v in found)
+    return text if len(found) == seeds else f"{text} ({len(found)})"
 
 
-def finetuned(run: str, label: str, rows) -> list[list[float]]:
-    """Print a line of a table of finetuning and return its scores, a list for each row of finetune.py.
-
-    Over the pretraining seeds where there are several (of each the mean over finetuning seeds), else over finetuning seeds.
-    """
-    found = [read_rows(path) for path in seeds_of(run, "finetune.jsonl")]
-    by_row = accuracies(over_runs(found))
-    scores = [[*by_row[row].values()] for row in rows]
-    mrr = [json.loads(path.read_text())["trained"]["mrr"] for path in seeds_of(run, "result.json")]
-    print(f"| {label} | {len(found)} | {mean_std(mrr, 3)} | {' | '.join(mean_std(s, 1) for s in scores)} |")
-    return scores
+def by_run(studies, columns, tasks):
+    """A row for each labelled run of which the first column was measured."""
+    keys = columns.split("|")
+    yield "run", "seeds", *(NAMES.get(k, k) for k in keys)
+    found = [d for s in studies.split() for d in runs(s) if "label" in d and get(d, keys[0], tasks)]
+    for s, run, label in dict.fromkeys((d["study"], d["run"], d["label"]) for d in found):
+        row, n = [values(s, run, k, tasks) for k in keys], len(runs(s, run))
+        digits = [3 if k[:3] in ("mrr", "hit") else 1 for k in keys]
+        yield label, str(n), *(cell(of, d, n) for of, d in zip(row, digits))
 
 
-def finetuning():
-    """Accuracy by what is trained, of models of 20,000 steps and more: mean and deviation. Then, in print, on shapes."""
-    figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
-    names = ("attentive", "random predictor", "learned predictor", "encoder", "end-to-end")
-    models = {"ijepa": "I-JEPA", "strength1": "world model, strength 1", "feature": "world model, strength 2",
-              "preset": "world model, the preset (28,000 steps)"}  # fmt: skip
-    print(f"| 20,000 steps (preset: 28,000) of | pretraining seeds | MRR | {' | '.join(names)} |\n{'|---' * 8}|")
-    for i, (model, label) in enumerate(models.items()):
-        scores = finetuned(f"cifar-{model}", label, names)
-        means, spreads = [statistics.mean(s) for s in scores], [statistics.stdev(s) for s in scores]
-        axis.errorbar([x + 0.15 * (i - 1.5) for x in range(5)], means, spreads, fmt="o", capsize=3, label=label)
-    print(f"| on shapes | pretraining seeds | MRR | {' | '.join(names[:3])} |\n{'|---' * 6}|")
-    finetuned("shapes", "the preset", names[:3])
-    finetuned("shapes-ema0.98", "with `--ema 0.98`", names[:3])
-    finetuned("shapes-all", "with `--predict-all`", names[:3])
-    sizes = {row["row"]: row["trainable"] / 1e6 for row in read_rows(RESULTS / "cifar-preset.finetune.jsonl")}
-    axis.set_xticks(range(5), [f"{name}\n{sizes[name]:.2f} M" for name in names])
-    axis.set(xlabel="what is trained, and its parameters", ylabel="CIFAR-10 test accuracy, %")
-    axis.legend(frameon=False)
-    save(figure, "finetuning.png")
+def pearson(x, y, strength=None):
+    """r and its 95 % interval (Fisher) over the grid's models that are told an action; these."""
+    found = [d for d in runs("grid") if strength in (None, d["settings"]["strength"])]
+    found = [d for d in found if d["run"] not in ("none", "ijepa") and get(d, y) is not None]
+    r = st.correlation([get(d, x) for d in found], [get(d, y) for d in found])
+    return r, *(tanh(atanh(r) + s * 1.96 / sqrt(len(found) - 3)) for s in (-1, 1)), found
 
 
-def correlation(points: list[tuple[float, float]]) -> str:
-    """Pearson's r and its 95 % interval (Fisher's z)."""
-    r, n = statistics.correlation(*zip(*points)), len(points)
-    low, high = (math.tanh(math.atanh(r) + sign * 1.96 / math.sqrt(n - 3)) for sign in (-1, 1))
-    return f"r {r:+.2f} ({low:+.2f} to {high:+.2f}, n = {n})"
+def spectrum():
+    yield "", *(f"{x}{of}" for x in ("MRR", "H@1") for of in ("", ", strength 1", ", strength 2"))
+    for y in ("linear", "knn", "attentive", "learned predictor", GAIN):
+        found = [pearson(x, y, s) for x in ("mrr", "hit1") for s in (None, 1, 2)]
+        yield NAMES.get(y, y), *(f"{r:+.2f} [{a:+.2f},{b:+.2f}] {len(n)}" for r, a, b, n in found)
 
 
-def pairs(settings, key: str) -> list[tuple[float, float]]:
-    """MRR and one other measure of every run of these settings that has it."""
-    return [(run["mrr"], run[key]) for seeds in settings for run in seeds.values() if key in run]
+def compared(study):
+    """Of each line: the paper's number, ours (a difference of means, or r) with 95 %, a verdict."""
+    yield "claim", "paper", "here", "verdict"
+    for c in runs(study):
+        if "r" in c:
+            mean, low, high, *found = pearson(*c["r"])
+        else:  # a group of runs less another one, or alone (Welch)
+            found = [values(c["of"], run, c["measure"], c["tasks"]) for run in c["runs"]]
+            mean = st.mean(found[0]) - sum(map(st.mean, found[1:]))
+            half = T95[min(sum(map(len, found)) - len(found), len(T95)) - 1]
+            half *= sqrt(sum(st.pvariance(g) / max(len(g) - 1, 1) for g in found))
+            low, high = mean - half, mean + half
+        verdict = "holds" if mean * c["sign"] > 0 else "opposite sign"
+        verdict = f"**{'within the noise' if low < 0 < high else verdict}**{c['note']}"
+        d, n, unit = c["digits"], min(map(len, found)), "runs" if "r" in c else "seeds"
+        reach, verdict = (f" [{low:+.{d}f}, {high:+.{d}f}]", verdict) if n > 2 else ("", "**open**")
+        yield c["claim"], c["paper"], f"{c['what']} {mean:+.{d}f}{reach}, {n} {unit}", verdict
 
 
-def spectrum(found):
-    """Every world model of the grid (not I-JEPA, and not those that were not told the action): MRR against accuracy."""
-    found = {name: seeds for name, seeds in found.items() if name not in ("ijepa", "none")}
-    strengths = ([seeds for name, seeds in found.items() if name.startswith("x1")],
-                 [seeds for name, seeds in found.items() if not name.startswith("x1")])  # fmt: skip
-    measures = (
-        ("linear", "linear probe"),
-        ("knn", "kNN"),
-        ("attentive", "attentive probe"),
-        ("learned predictor", "predictor finetuning"),
-    )
-    for key, label in (*measures, ("gain", "learned over random predictor")):
-        print(f"{label} against MRR: {correlation(pairs(found.values(), key))}")
-        for strength, settings in enumerate(strengths, start=1):
-            print(f"    within strength {strength}: {correlation(pairs(settings, key))}")
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), layout="constrained")
-    axes = axes.flat
-    parts = {"x1": "strength 1", "sequence": "sequence", "jitter": "jitter only", "shallow": "2 blocks"}  # of a name
-    for axis, (key, label) in zip(axes, measures):
-        for i, (name, seeds) in enumerate(found.items()):
-            words = [word for part, word in parts.items() if part in name]
-            words = words if "x1" in name else ["strength 2", *words]
-            points = pairs([seeds], key)  # none where these settings were not finetuned
-            axis.plot([x for x, _ in points], [y for _, y in points], "o", color=f"C{i}", label=", ".join(words))
-        axis.set(xlabel="MRR", ylabel=f"{label}, %", title=correlation(pairs(found.values(), key)))
-        axis.title.set_fontsize(10)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    save(figure, "spectrum.png")
+def draw():
+    figure, (left, *right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    for tail, colour in (("", "C0"), ("-shallow", "C3")):
+        names = f"x1-jitter{tail}", f"x1{tail}", tail[1:] or "feature"
+        found = [values("grid", run, "mrr") for run in names]
+        left.plot((1, 2, 3), [*map(st.mean, found)], colour, label=f"{2 if tail else 6} blocks")
+        for x, scores in enumerate((values("grid", "ijepa", "mrr"), *found)):
+            left.plot([x] * len(scores), scores, "o", color=colour if x else "gray", alpha=0.5)
+    left.axhline(0.0239, color="gray", linestyle=":", label="chance")
+    left.set_xticks(range(4), ("none\n(I-JEPA)", "jitter", "+ destructive", "+ strong\njitter"))
+    left.set(ylabel="MRR, each on its own bank", ylim=(0, 0.8), title="Difficulty and depth")
+    for axis, key in zip(right, ("linear", "learned predictor")):
+        r, low, high, _ = pearson("mrr", key)
+        axis.set(xlabel="MRR", ylabel=f"{key}, %", title=f"r {r:+.2f} [{low:+.2f}, {high:+.2f}]")
+        for s in (1, 2):
+            r, *_, of = pearson("mrr", key, s)
+            dots = [get(d, "mrr") for d in of], [get(d, key) for d in of]
+            axis.plot(*dots, "o", color=f"C{3 - s}", label=f"strength {s}: r {r:+.2f}")
+    curves, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    deep = [d for d in runs("grid") if d["settings"]["pred_depth"] == 6]
+    for axis, found in zip(panels, (deep, runs("preset") + runs("earlier", "cifar-preset"))):
+        for i, label in enumerate(dict.fromkeys(d["label"] for d in found)):
+            for j, curve in enumerate(d["curve"] for d in found if d["label"] == label):
+                axis.plot(curve["step"], curve["mrr"], f"C{i}.-", lw=1, label="_" * j + label)
+        axis.set(xlabel="step", ylabel="MRR on held-out images", ylim=(0, 1))
+    for axis in (left, *right, *panels):
+        axis.legend(frameon=False, fontsize=9)
+    figure.savefig(HERE / "claims.png", dpi=110)
+    curves.savefig(HERE / "curves.png", dpi=110)
 
 
-if __name__ == "__main__":
-    found = runs()
-    columns = ("mrr", "knn", "linear", "attentive", "random predictor", "learned predictor", "gain")
-    print(f"| run | seeds | {' | '.join(columns)} |\n{'|---' * (len(columns) + 2)}|")
-    for name, seeds in found.items():
-        cells = [[run[key] for run in seeds.values() if key in run] for key in columns]
-        cells = [mean_std(v, 3 if k == "mrr" else 1) if v else "-" for k, v in zip(columns, cells)]
-        print(f"| {name} | {len(seeds)} | {' | '.join(cells)} |")
-    conditioning(found)
-    difficulty(found)
-    finetuning()
-    spectrum(found)
+draw()
+tables = {name: by_run(*of) for name, of in BY_RUN.items()} | {"spectrum": spectrum()}
+tables |= {name: compared(name) for name in ("claims", "effects")}
+keys = "preset|batch|mode|hidden|ms|images/s|GiB|GFLOP/image|of peak".split("|")
+tables["gpu"] = [keys, *([str(d.get(k, "-")) for k in keys] for d in runs("gpu", "step"))]
+for page in (HERE / "RESULTS.md", HERE.parent / "README.md"):
+    parts = re.split(r"<!-- table: (\S+) -->.*?<!-- end -->", page.read_text(), flags=re.S)
+    for i, name in [*enumerate(parts)][1::2]:
+        rows = [*(tables.pop(name, 0) or sys.exit(f"error: {page.name}: no table {name}"))]
+        lines = [f"|{'|'.join(row)}|\n" for row in (rows[0], "-" * len(rows[0]), *rows[1:])]
+        parts[i] = f"<!-- table: {name} -->\n{''.join(lines)}<!-- end -->"
+    page.write_text("".join(parts))
+if "dial" not in {d["study"] for d in LINES} and tables.pop("dial", 0):
+    print("skipped: the table dial, which has no runs yet")
+sys.exit(f"error: no page has a marker for {', '.join(tables)}" if tables else 0)
