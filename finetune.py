@@ -1,15 +1,15 @@
 """Use the learned world model: finetune the predictor on a task, beside its controls, in one table.
 
     python finetune.py runs/shapes/last.pt                        # the predictor and its controls
-    python finetune.py runs/shapes/last.pt --protocol table --seeds 3  # every row, mean and deviation
+    python finetune.py runs/shapes/last.pt --protocol table --seeds 3  # every row, over seeds
     python finetune.py runs/shapes/last.pt --task shape,colour    # several tasks with one predictor
     python finetune.py runs/shapes/last.pt --task segment         # a class for each pixel: mIoU
     python finetune.py runs/shapes/last.pt --protocol average     # probe K imagined variants' mean
     python finetune.py runs/shapes/last.pt --protocol factors     # what the latents of each hold
     python finetune.py assets/cifar.pt --data cifar10             # the published weights
 
-The rows. "Frozen" is the checkpoint's EMA teacher; "learned" starts from the checkpoint (the encoder
-from the teacher) and is trained; a random network is initialised anew.
+The rows. "Frozen" is the checkpoint's EMA teacher; "learned" starts from the checkpoint (the
+encoder from the teacher) and is trained; a random network is initialised anew.
 
     row                      encoder          predictor   what reads the latents
     knn, whose               frozen           -           cosine kNN on mean-pooled latents
@@ -56,9 +56,8 @@ ROWS = {
     "end-to-end": ("learned", "learned", 3e-3),
     "scratch": ("random", "random", 1e-3),
 }
-LEARNED = (
-    0.1  # learned weights are trained at this share of the row's lr (paper: of a random one's)
-)
+# deviation: learned weights have this share of their row's own lr; the paper's is of a random one's
+LEARNED = 0.1
 PROTOCOLS = {
     "predictor": list(ROWS)[:4],
     "table": ["knn, random init", "knn, teacher", "linear, random init", "linear, teacher", *ROWS],
@@ -114,7 +113,7 @@ def load_tasks(names: list[str], recipe, labels: int, device, cache: Path) -> di
 class AttentiveHead(nn.Module):
     """One learned query attends to the latents, then a linear layer. [B, N, D] -> [B, classes].
 
-    deviation: multi-head attention behind a LayerNorm; the paper's head is not known in more detail.
+    deviation: multi-head attention behind a LayerNorm; the paper's head is not known in detail.
     """
 
     def __init__(self, width: int, heads: int, classes: int):
@@ -246,7 +245,10 @@ def make_optimizer(network: Network, lr: float, steps: int):
 def fit(
     network: Network, tasks: dict[str, Task], batch: int, lr: float, seed: int, args, title: str
 ):
-    """Train everything that is not frozen, `batch` images of each task a step; losses add up."""
+    """Train everything that is not frozen, `batch` images of each task a step; losses add up.
+
+    deviation: a few hundred steps without augmentation; the paper trains for 100 epochs.
+    """
     device = next(network.parameters()).device
     optimizer, scheduler = make_optimizer(network, lr, args.steps)
     generator = torch.Generator().manual_seed(seed)
@@ -275,7 +277,7 @@ def trained_row(row: str, model: IWM, tasks: dict[str, Task], seed: int, args) -
     """Train one row with one seed -> its scores on the held-out and the test images."""
     network, lr = Network(row, model, tasks, seed), args.lr or ROWS[row][2]
     least = min(len(task.data["train"][1]) for task in tasks.values())
-    batch = min(args.batch_size // args.shared, least)
+    batch = min(args.batch_size, least)
     fit(network, tasks, batch, lr, seed, args, f"{row}, seed {seed}")
     scores = {split: {name: score(network, name, task, split) for name, task in tasks.items()}
               for split in ("val", "test")}  # fmt: skip
@@ -287,8 +289,8 @@ def trained_row(row: str, model: IWM, tasks: dict[str, Task], seed: int, args) -
 def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int) -> dict:
     """knn or linear (ridge regression) on somebody's mean-pooled latents; no gradient.
 
-    "K imagined": the mean over K random actions of what the predictor imagines (are they invariant?).
-    deviation: as in finetuning, the predictor gets the teacher's latents, in training the student's.
+    "K imagined": the mean over K random actions of what the predictor imagines.
+    deviation: as in finetuning, the predictor gets the teacher's latents, not the student's.
     """
     probe, whose = row.split(", ")
     config, device = model.config, next(model.parameters()).device
@@ -342,12 +344,15 @@ def parse(argv=None) -> argparse.Namespace:
     add("--steps", type=int, default=300, help="optimiser steps of a trained row (300)")
     add("--batch-size", type=int, default=64, help="images a step, shared among the tasks (64)")
     add("--lr", type=float, help="of random weights (default: each row's own)")
-    add("--out", type=Path, help="folder of finetune.jsonl (default: the checkpoint's)")
+    add("--out", type=Path, help="folder of finetune.jsonl (default: the run's, or runs/NAME)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     parser.error = lambda message: sys.exit(f"{message}; see --help")
     args = parser.parse_args(argv)
     if args.checkpoint.is_dir():
         args.checkpoint = args.checkpoint / "last.pt"
+    if args.out is None:  # the published weights do not lie in a run's folder
+        run = args.checkpoint.parent
+        args.out = run if (run / "config.json").exists() else Path("runs") / args.checkpoint.stem
     args.tasks = list(dict.fromkeys(args.task.split(",")))
     if args.protocol == "factors" and args.task == "classify":
         args.tasks = list(FACTORS)
@@ -378,20 +383,19 @@ def main():
     model = load_checkpoint(args.checkpoint, device)
     recipe = replace(model.config, data=args.data or model.config.data, batch_size=1)
     model.config = recipe
-    cache = args.checkpoint.parent.parent / "cache"
-    tasks = load_tasks(args.tasks, recipe, args.labels, device, cache)
-    dense = "segment" in tasks
-    file = (args.out or args.checkpoint.parent) / "finetune.jsonl"
+    tasks = load_tasks(args.tasks, recipe, args.labels, device, args.out.parent / "cache")
+    dense = any(task.dense for task in tasks.values())
+    file = args.out / "finetune.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     shown = ("protocol", "labels", "steps", "batch_size")
     settings = {name: getattr(args, name) for name in shown}
     settings |= {"tasks": list(tasks), "data": recipe.data, "checkpoint": str(args.checkpoint)}
+    args.batch_size //= len(tasks)  # the tasks share a batch
 
     records = []
     for row in PROTOCOLS[args.protocol]:
         if dense and row not in ROWS:
             continue  # a probe of pooled latents has no pixels
-        args.shared = len(tasks)
         ways = {row.replace("attentive", "linear per patch") if dense else row: [tasks]}
         if len(tasks) > 1 and row in ROWS and not row.startswith("attentive"):
             one_each = [{name: task} for name, task in tasks.items()]
@@ -400,8 +404,10 @@ def main():
             began, seed = time.monotonic(), args.seed + i
             record = {"row": name, "seed": seed, "val": {}, "test": {}, "trainable": 0} | settings
             for group in groups:
-                train_row = trained_row if row in ROWS else closed_form_row
-                part = train_row(row, model, group, seed, *([args] if row in ROWS else []))
+                if row in ROWS:
+                    part = trained_row(row, model, group, seed, args)
+                else:
+                    part = closed_form_row(row, model, group, seed)
                 record["val"] |= part["val"]
                 record["test"] |= part["test"]
                 record["trainable"] += part["trainable"]

@@ -50,24 +50,24 @@ ACTION = (*JITTER, "blur", "gray", "solarize")  # the A = 7 components of an act
 IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the jitter parameters that change nothing
 
 
-# ---- Configuration: what the method reads. train.py adds data, optimisation and the presets -------
+# ---- Configuration: what the method reads; train.py adds data, optimisation, presets -------------
 
 
 def setting(default, help, low=None, high=math.inf):
-    """A setting, its explanation and its range."""
+    """A setting, its explanation and its range (or, as `low`, its choices)."""
     return field(default=default, metadata={"help": help, "range": (low, high)})
 
 
 @dataclass
 class Config:
-    """The method. The defaults are the paper's: ViT-B/16 and the world model IWM(18, 384)."""
+    """The method. Defaults: the paper's where it states them, else I-JEPA's; IWM(18, 384)."""
 
     # photometric actions: strengths as in torchvision's ColorJitter
     image_size: int = setting(224, "side of the square views in pixels, a multiple of patch", 1)
     brightness: float = setting(0.4, "jitter: factor drawn from 1 -+ this", 0, 100)
     contrast: float = setting(0.4, "jitter: factor drawn from 1 -+ this", 0, 100)
     saturation: float = setting(0.2, "jitter: factor drawn from 1 -+ this", 0, 100)
-    hue: float = setting(0.1, "jitter: shift in turns of the colour wheel, at most 0.5", 0, 100)
+    hue: float = setting(0.1, "jitter: shift in turns of the colour wheel, up to this", 0, 0.5)
     strength: float = setting(1.0, "multiplies the four above (strong jitter: 2)", 0, 100)
     jitter_prob: float = setting(0.8, "probability that a view is jittered at all", 0, 1)
     blur_prob: float = setting(0.2, "probability of blur on the source view", 0, 1)
@@ -86,7 +86,8 @@ class Config:
     depth: int = setting(12, "blocks of the encoder", 1)
     heads: int = setting(12, "attention heads, of the encoder and of the predictor", 1)
     # predictor p, the world model
-    conditioning: str = setting("feature", "none, sequence or feature", "none sequence feature")
+    conditioning: str = setting("feature", "how the predictor is told the action: none | sequence "
+                                "| feature", ("none", "sequence", "feature"))  # fmt: skip
     pred_width: int = setting(384, "width W of the predictor", 1)
     pred_depth: int = setting(18, "blocks of the predictor", 1)
     target_norm: bool = setting(True, "layer-norm the teacher's latents before the loss")
@@ -102,14 +103,14 @@ class Config:
 
         for f in fields(self):
             (low, high), value = f.metadata["range"], getattr(self, f.name)
-            if isinstance(low, str):
-                need(value in low.split(), f"{f.name} is {value!r}: choose one of {low}")
+            if isinstance(low, tuple):
+                need(value in low, f"{f.name} is {value!r}: choose {' or '.join(low)}")
             elif low is not None:
                 need(low <= value <= high, f"{f.name} is {value}: it must be in {low}..{high}")
         need(self.block_min <= self.block_max,
              f"block_min {self.block_min} is above block_max {self.block_max}")  # fmt: skip
         need(self.image_size % self.patch == 0 and self.grid >= 2,
-             f"patch {self.patch} must divide image_size {self.image_size}, at least in two")  # fmt: skip
+             f"patch {self.patch} must divide image_size {self.image_size} by 2 or more")  # fmt: skip
         for name in ("width", "pred_width"):
             w = getattr(self, name)
             need(w % 4 == 0 and w % self.heads == 0,
@@ -139,7 +140,7 @@ class Config:
         return torch.stack([low, IDENTITY + self.jitter_strengths])
 
 
-# ---- Photometric actions: each image has its own parameters, which are kept: they are the action --
+# ---- Photometric actions: each image has its own parameters; they are the action ----------------
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     hue = torch.where(high == r, (g - b) / unit, from_green) + 6 * turns
 
     def channel(n):  # hue -> RGB: red is n = 5, green 3, blue 1
-        k = (n + hue) % 6
+        k = (n + hue) % 6  # falls from `high` as k goes from 0 to 1, is back at 4
         return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
     return torch.stack([channel(5), channel(3), channel(1)], dim=1)
@@ -174,7 +175,7 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
     """Colour jitter in the fixed order brightness, contrast, saturation, hue.
 
     images: [B, 3, S, S] in 0..1. params: [B, 4], factors of brightness, contrast and saturation
-    (0 or more) and a hue shift in turns; the identity is (1, 1, 1, 0). Returns [B, 3, S, S] in 0..1.
+    (0 or more), hue shift in turns; the identity is (1, 1, 1, 0). Returns [B, 3, S, S] in 0..1.
     deviation: the order is fixed; a shuffled one could not be described by four numbers.
     """
     brightness, contrast, saturation, hue = params[:, :, None, None, None].unbind(dim=1)
@@ -187,7 +188,7 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
 def blur_sigma(size: int) -> tuple[float, float]:
     """Range of the blur's sigma in pixels, for images of `size` pixels.
 
-    deviation: DINO's 0.1-2.0 at 224 pixels, scaled by size / 224 but never below a half.
+    deviation: DINO's 0.1-2.0 at 224 pixels, scaled by max(size / 224, 1/2).
     """
     scale = max(size / 224, 0.5)
     return 0.1 * scale, 2.0 * scale
@@ -208,7 +209,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor) -> Tensor:
-    """Invert what is brighter than half of full scale. [B, 3, S, S] in 0..1."""
+    """Invert what is at half of full scale or brighter. [B, 3, S, S] in 0..1."""
     return torch.where(images >= 0.5, 1 - images, images)
 
 
@@ -216,6 +217,7 @@ def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
     """Random resized crop (area crop_min..1, width / height 3/4..4/3) and flip. [B, 3, S, S].
 
     deviation: I-JEPA's scale, torchvision's aspect; a side longer than the image's is cut to it.
+    Cut from the image at its S x S pixels, not from the photograph.
     """
     B = len(images)
     draws = torch.rand(5, B, device=images.device, generator=generator)
@@ -224,7 +226,8 @@ def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
     aspect = torch.exp((2 * u_aspect - 1) * math.log(4 / 3))
     if config.crop_min == 1:
         aspect = torch.ones_like(area)
-    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    width = (area * aspect).sqrt().clamp(max=1)
+    height = (area / aspect).sqrt().clamp(max=1)
     theta = torch.zeros(B, 2, 3, device=images.device)  # crop coordinates, -1..1 -> the image's
     theta[:, 0, 0] = torch.where(u_flip < 0.5, -width, width)  # a negative width mirrors
     theta[:, 1, 1] = height
@@ -237,7 +240,7 @@ def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
 
 
 def jitter_params(batch: int, config: Config, generator=None, device=None, always=False) -> Tensor:
-    """Draw jitter parameters, [B, 4]. With probability 1 - jitter_prob (not if `always`) the identity."""
+    """Draw jitter parameters, [B, 4]; the identity with 1 - jitter_prob (unless `always`)."""
     low, high = config.jitter_range.to(device)
     params = low + (high - low) * torch.rand(batch, len(JITTER), device=device, generator=generator)
     prob = 1.0 if always else config.jitter_prob
@@ -249,7 +252,8 @@ def make_action(params_x: Tensor, params_y: Tensor, flags_x: Tensor, config: Con
     """a(x->y) [B, 7]: jitter parameters of y minus those of x, then x's destructive flags [B, 3].
 
     A flag of 1 says: x was degraded, y is not.
-    deviation: differences are divided by the jitter strengths, so that each is of order 1.
+    deviation: differences are divided by the jitter strengths, so that each is of order 1; those
+    of hue are not wrapped.
     """
     strengths = config.jitter_strengths.to(params_x)
     return torch.cat([(params_y - params_x) / strengths.clamp(min=1e-8), flags_x], dim=1)
@@ -281,11 +285,14 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
     return x, y, make_action(params_x, params_y, flags, config)
 
 
-# ---- Masks: a union of rectangles is masked, the rest is context; equal counts for every image ----
+# ---- Masks: a union of rectangles is masked, the rest is context; equal counts everywhere --------
 
 
 def block_unions(n: int, grid: int, config: Config, generator=None, device=None) -> Tensor:
-    """n random unions of rectangles of whole patches. -> [n, grid, grid] bool, True is masked."""
+    """n random unions of rectangles. -> [n, grid, grid] bool, True is masked.
+
+    deviation: sides are rounded to whole patches; on an 8 x 8 grid 4 to 6 % is 2 or 4 patches.
+    """
     draws = torch.rand(4, n, config.blocks, device=device, generator=generator)
     u_area, u_aspect, u_top, u_left = draws
     area = grid**2 * (config.block_min + (config.block_max - config.block_min) * u_area)
@@ -301,7 +308,8 @@ def block_unions(n: int, grid: int, config: Config, generator=None, device=None)
 
 
 def sample_masks(batch: int, grid: int, config: Config, generator=None, device=None):
-    """Patch indices (row * grid + column): [B, K] of the context, [B, M] of the masked, int64.
+    """Patch indices (row * grid + column): [B, K] of the context, [B, M] of the masked, int64,
+    each in random order.
 
     deviation: every image has the same M. Of 16 candidate unions the one nearest in size is kept;
     then patches chosen at random (not in raster order) join or leave it until it has M.
@@ -317,7 +325,7 @@ def sample_masks(batch: int, grid: int, config: Config, generator=None, device=N
     return order[:, :-M], order[:, -M:]
 
 
-# ---- ViT: the encoder f. It runs on the patches it is given, so masking makes it cheaper ----------
+# ---- ViT: the encoder f. It runs on the patches it is given: masking makes it cheaper -----------
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
@@ -339,14 +347,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for [B, heads, tokens, d]."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
-    # by hand: for few tokens the fused kernel of CPUs is several times slower in bfloat16
+    # by hand: with the fused kernel of CPUs a step takes twice as long for so few tokens
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
 
 
 class Block(nn.Module):
     """Pre-norm transformer block. [B, tokens, width] -> same.
 
-    Free to change: everything inside, as long as the shape stays. `init_weights` names proj and fc2.
+    Free to change, as long as the shape stays and the two output layers are named proj and fc2.
     """
 
     def __init__(self, width: int, heads: int):
@@ -409,11 +417,11 @@ class ViT(nn.Module):
         return self.norm(self.blocks(self.embed(patches) + positions))
 
 
-# ---- Predictor: the world model p. Context latents and an action in, imagined latents out ---------
+# ---- Predictor: the world model p. Context latents and action in, imagined latents out ----------
 
 
 class Predictor(nn.Module):
-    """A narrower ViT over context latents, one mask token for each asked position, and the action."""
+    """A narrower ViT over context latents, a mask token for each asked position, and the action."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -457,11 +465,11 @@ class Predictor(nn.Module):
         return self.mix(tokens)
 
     def action_tokens(self, action: Tensor, asked: Tensor) -> Tensor | None:
-        """`sequence`: each of the A scalars is a token, [B, A, W]. Other modes have none."""
+        """`sequence`: each of the A scalars is a token, [B, A, W], or twice: [B, 2A, W]."""
         if self.conditioning != "sequence":
             return None
         tokens = action.unsqueeze(2) * self.action_weight + self.action_bias
-        # deviation: asked for all N, twice as many tokens stand beside the action: it joins twice
+        # deviation: asked for all N, twice as many tokens compete with the action: it joins twice
         copies = 2 if asked.shape[1] == len(self.positions) else 1
         return tokens.repeat(1, copies, 1)
 
@@ -471,7 +479,7 @@ class Predictor(nn.Module):
         return self(z, positions, positions, action, extra)
 
 
-# ---- IWM: encoder, teacher, predictor and the loss; and the world model used: imagine, plan -------
+# ---- IWM: encoder, teacher, predictor, loss; and the world model used: imagine, plan ------------
 
 
 class IWM(nn.Module):
@@ -522,7 +530,7 @@ class IWM(nn.Module):
     def imagine(self, images: Tensor, action: Tensor) -> Tensor:
         """Imagine, at all positions, the targets of images after an action. -> [B, N, D].
 
-        images: [B or 1, 3, S, S] in 0..1, unmasked (1: encoded once for all actions); action: [B, A].
+        images: [B or 1, 3, S, S] in 0..1, unmasked (1: encoded once for all); action: [B, A].
         """
         z = self.encoder(images).expand(len(action), -1, -1)
         return self.predictor.everywhere(z, action)
@@ -537,6 +545,7 @@ class IWM(nn.Module):
         h = self.targets(goals)
         with torch.no_grad():
             z = self.encoder(images)
+        # the range of the parameters, as actions; their flags are 0
         low, high = bank_actions(self.config.jitter_range.to(z.device), self.config)
         action = torch.zeros(len(images), len(ACTION), device=z.device, requires_grad=True)
         optimizer = torch.optim.Adam([action], lr=lr)
@@ -544,20 +553,21 @@ class IWM(nn.Module):
             with torch.enable_grad():
                 z_hat = self.predictor.everywhere(z, action).float()
                 error = (z_hat - h).square().mean(dim=(1, 2)).sum()  # each image has its own
-            [action.grad] = torch.autograd.grad(error, [action], materialize_grads=True)
+                error = error + 0 * action.sum()  # `none` never reads the action
+            action.grad = torch.autograd.grad(error, action)[0]
             optimizer.step()
-            action.data.clamp_(low, high)  # the flags stay 0
+            action.data.clamp_(low, high)
         change = action.detach()[:, : len(JITTER)] * self.config.jitter_strengths.to(z.device)
         return IDENTITY.to(z.device) + change
 
 
-# ---- Measures: is it a world model (MRR, planning)? and what do the teacher's latents hold? -------
+# ---- Measures: is it a world model (MRR, planning)? what do the latents hold? -------------------
 
 
 def ranks(imagined: Tensor, bank: Tensor) -> Tensor:
     """Rank of each true variant in the bank by L2 distance from the imagined one, 1 = nearest.
 
-    imagined, bank: [V, ...]; imagined[i] should be nearest to bank[i]. Returns [V] double, CPU.
+    imagined, bank: [V, ...]; imagined[i] should be nearest to bank[i]. Returns [V] float, CPU.
     deviation: a tie gets the mean of the best and the worst rank it could have.
     """
     a, b = imagined.flatten(1).cpu().double(), bank.flatten(1).cpu().double()
@@ -574,13 +584,13 @@ def mean_reciprocal_rank(imagined: Tensor, bank: Tensor) -> float:
     return (1 / ranks(imagined, bank)).mean().item()
 
 
-def chance(variants: int) -> float:
+def chance(V: int) -> float:
     """MRR of an action-blind predictor: H(V) / V, 0.0239 for V = 256."""
-    return sum(1 / i for i in range(1, variants + 1)) / variants
+    return sum(1 / i for i in range(1, V + 1)) / V
 
 
 def bank_actions(params: Tensor, config: Config) -> Tensor:
-    """Actions that take a clean image to variants with these jitter parameters. [V, 4] -> [V, 7]."""
+    """Actions that take a clean image to variants with these parameters. [V, 4] -> [V, 7]."""
     not_degraded = params.new_zeros(len(params), len(ACTION) - len(JITTER))
     return make_action(IDENTITY.to(params).expand_as(params), params, not_degraded, config)
 
@@ -610,7 +620,8 @@ def measure_mrr(model: IWM, images: Tensor, generator=None) -> dict[str, float]:
     """MRR, H@1, H@5 and MRR of pooled latents, over clean images [B, 3, S, S] in 0..1; chance.
 
     mrr, hit1, hit5 compare patch by patch, mrr_pooled the means over the patches.
-    deviation: teacher's targets of the bank, student's latents of the image, all positions, L2.
+    deviation: teacher's targets of the bank, student's latents of the image, all positions, L2;
+    a bank is jittered only, always, at the model's own strength.
     """
     rank, pooled = [], []
     for image in images.split(1):
@@ -621,9 +632,8 @@ def measure_mrr(model: IWM, images: Tensor, generator=None) -> dict[str, float]:
         pooled.append(ranks(imagined.mean(dim=1), bank.mean(dim=1)))
     rank, pooled = torch.cat(rank), torch.cat(pooled)
     found = {"mrr": 1 / rank, "hit1": rank <= 1, "hit5": rank <= 5, "mrr_pooled": 1 / pooled}
-    return {name: value.double().mean().item() for name, value in found.items()} | {
-        "chance": chance(model.config.bank)
-    }
+    result = {name: value.double().mean().item() for name, value in found.items()}
+    return result | {"chance": chance(model.config.bank)}
 
 
 def measure_components(model: IWM, images: Tensor) -> dict[str, float]:
@@ -634,11 +644,11 @@ def measure_components(model: IWM, images: Tensor) -> dict[str, float]:
     """
     errors = {f"error_{name}": 0.0 for name in JITTER}
     for image in images.split(1):
-        for i, name in enumerate(errors):
+        for i, name in enumerate(JITTER):
             _, bank, imagined = variants(model, image, sweep_params(i, model.config))
             nearest = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).cpu()
             miss = (nearest - torch.arange(len(bank))).abs().double().mean() / (len(bank) - 1)
-            errors[name] += miss.item() / len(images)
+            errors[f"error_{name}"] += miss.item() / len(images)
     return errors
 
 
@@ -646,7 +656,7 @@ def measure_components(model: IWM, images: Tensor) -> dict[str, float]:
 def measure_planning(model: IWM, images: Tensor, generator=None) -> dict[str, float]:
     """Goals are jittered images [B, 3, S, S]; `plan` has to find how they were jittered.
 
-    plan_left: pixel error after the found action, as a share of doing nothing (0 perfect, 1 useless).
+    plan_left: pixel error after the found action over that of doing nothing, 0 perfect, 1 useless.
     plan_error_<component>: mean error of the parameter found, as a share of its range.
     """
     params = jitter_params(len(images), model.config, generator, images.device, always=True)
@@ -672,7 +682,7 @@ def rankme(features: Tensor) -> float:
 
 
 def knn_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, k=20) -> float:
-    """Cosine kNN, votes weighted by exp(similarity / 0.07) (DINO). [n, D] float, labels [n] int64."""
+    """Cosine kNN, votes weighted by exp(similarity / 0.07) (DINO). [n, D], labels [n] int64."""
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     right = 0
     for part, truth in zip(test.split(1000), test_labels.split(1000)):

@@ -46,11 +46,6 @@ from tqdm import tqdm
 import iwm
 from iwm import IDENTITY, IWM, JITTER, setting
 
-try:
-    import resource
-except ImportError:  # on Windows
-    resource = None
-
 LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, and by nothing else
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # this process ...
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # ... of so many; only rank 0 writes
@@ -75,8 +70,8 @@ class Recipe(iwm.Config):
     ema: float = setting(0.995, "teacher's first momentum, rises linearly to 1", 0, 1)
     seed: int = setting(0, "of weights, data order, views and masks", 0, 10**9 - 1)
     # measuring: short runs measure less often and on fewer images
-    measurements: int = setting(6, "how often a long run measures itself", 1)
-    mrr_images: int = setting(32, "test images that MRR averages over", 1)
+    measurements: int = setting(4, "how often a long run measures itself", 1)
+    mrr_images: int = setting(32, "test images that MRR averages over", 1, 500)
     # machine
     bf16: bool = setting(True, "compute in bfloat16 where the device has it")
     compile: bool = setting(False, "torch.compile the networks: a slow start, faster steps")
@@ -407,9 +402,7 @@ def fit_decoder(model: IWM, images: Tensor):
 
 def in_words(changes: Tensor, flags=()) -> str:
     """Non-zero jitter changes [4] and destructive flags, one a line."""
-    words = [
-        f"{name} {change:+.2f}" for name, change in zip(JITTER, changes) if change.abs() > 0.005
-    ]
+    words = [f"{name} {c:+.2f}" for name, c in zip(JITTER, changes) if c.abs() > 0.005]
     words += [name for name, flag in zip(iwm.ACTION[len(JITTER) :], flags) if flag]
     return "\n".join(words) or "nothing"
 
@@ -517,8 +510,11 @@ def write_whole(path: Path, write):
     """Write aside, then rename: nobody ever sees half a file; a full disk leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    write(aside)
-    os.replace(aside, path)
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def parse(argv=None) -> tuple[argparse.Namespace, dict]:
@@ -541,6 +537,14 @@ def parse(argv=None) -> tuple[argparse.Namespace, dict]:
     return args, {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
 
 
+def change(recipe: Recipe, given: dict) -> Recipe:
+    """The recipe with the given settings; one line if one of them is out of its range."""
+    try:
+        return replace(recipe, **given)
+    except ValueError as error:
+        sys.exit(f"{error}")
+
+
 def choose_recipe(args, given: dict) -> tuple[Recipe, Path]:
     """The preset with the given settings, or the recipe of the run to go on with; its folder."""
     usual = {"shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
@@ -552,8 +556,11 @@ def choose_recipe(args, given: dict) -> tuple[Recipe, Path]:
     if stored.exists() and not args.resume:
         sys.exit(f"{out} holds a run already: add --resume to go on, or choose another --out")
     if stored.exists():
-        recipe = Recipe(**json.loads(stored.read_text()))
-        given = (asdict(PRESETS[preset]) if args.preset else {}) | given
+        try:
+            recipe = Recipe(**json.loads(stored.read_text()))
+        except (ValueError, TypeError) as error:
+            sys.exit(f"{stored} is damaged: {error}")
+        given = (asdict(PRESETS[preset]) | {"data": recipe.data} if args.preset else {}) | given
         where = given.pop("data", recipe.data)
         differs = [f"{n} was {getattr(recipe, n)}, now {v}" for n, v in given.items()
                    if v != getattr(recipe, n)]  # fmt: skip
@@ -562,7 +569,7 @@ def choose_recipe(args, given: dict) -> tuple[Recipe, Path]:
         if where != recipe.data:  # where the data lies is no setting of the experiment
             print(f"the data is read from {where} now, before from {recipe.data}")
         given = {"data": where}
-    return replace(recipe, **given), out
+    return change(recipe, given), out
 
 
 def set_up(name: str | None) -> torch.device:
@@ -579,6 +586,8 @@ def set_up(name: str | None) -> torch.device:
     if LAUNCHED:
         if name == "cuda":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                sys.exit(f"{name} is not here: --nproc_per_node is at most the number of GPUs")
             torch.cuda.set_device(name)
         dist.init_process_group("nccl" if "cuda" in name else "gloo", timeout=timedelta(days=1))
         if RANK > 0:
@@ -588,8 +597,9 @@ def set_up(name: str | None) -> torch.device:
 
 def load_checkpoint(path: Path, device) -> IWM:
     """A checkpoint of train.py -> IWM, frozen. Read with weights_only: nothing in it is run."""
+    path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
-        sys.exit(f"{path} does not exist: name the last.pt of a run")
+        sys.exit(f"{path} does not exist: name a run's folder or its last.pt")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         model = IWM(Recipe(**state["config"])).to(device)
@@ -607,18 +617,18 @@ def mean_std(values: list[float], digits: int = 1) -> str:
 
 def table(folders: list[Path]) -> str:
     """Markdown. Runs of the same settings and data, whatever their seed, share a row."""
-    rows: dict[str, list] = {}
+    rows: dict[str, dict] = {}  # settings -> seed -> result
     for file in (folder / "result.json" for folder in folders):
         if file.exists():
             result = json.loads(file.read_text())
             result["name"] = re.sub(r",?seed=\d+", "", file.parent.name)
             settings = {n: v for n, v in result["config"].items() if n != "seed"}
-            rows.setdefault(json.dumps(settings), []).append(result)
+            rows.setdefault(json.dumps(settings), {})[result["config"]["seed"]] = result
         else:
             print(f"{file.parent} is no finished run: left out", file=sys.stderr)
     names = ("mrr", "hit1", "plan_left", "knn", "linear")
     lines = [f"| run | seeds | {' | '.join(names)} | minutes |", "|---" * (len(names) + 3) + "|"]
-    for runs in rows.values():
+    for runs in (list(seeds.values()) for seeds in rows.values()):
         cells = [mean_std([run["trained"].get(n, math.nan) for run in runs], 3) for n in names]
         minutes = mean_std([run["seconds"] / 60 for run in runs], 0)
         lines.append(f"| {' | '.join([runs[0]['name'], str(len(runs)), *cells, minutes])} |")
@@ -626,11 +636,15 @@ def table(folders: list[Path]) -> str:
 
 
 def peak_memory(device) -> float | None:
-    """Most memory held so far, of the GPU or of this process, in GiB; None on Windows."""
+    """Most memory held so far, of the GPU or of this process, in GiB; None where it is not told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    with contextlib.suppress(ImportError):  # on Windows
+        import resource
+
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return None
 
 
 def report(model: IWM, data: dict, out: Path, seconds: float):
@@ -640,15 +654,14 @@ def report(model: IWM, data: dict, out: Path, seconds: float):
     print(f"measuring on test images ({mrr} for MRR and planning) ...")
     torch.manual_seed(recipe.seed)
     trained = measure(model, data, "test", mrr, probes)
-    random = measure(IWM(recipe).to(device), data, "test", math.ceil(mrr / 4), probes)
+    random = measure(IWM(recipe).to(device), data, "test", math.ceil(mrr / 8), probes)
     used = replace(recipe, bf16=precision(recipe, device) == torch.bfloat16)
     result = {"trained": trained, "random": random, "config": asdict(used)}
     result |= {"seconds": seconds, "memory_gib": peak_memory(device)}
     write_whole(out / "result.json", lambda aside: aside.write_text(json.dumps(result, indent=1)))
     one = 1 / (int(data["train"][1].max()) + 1)
-    chance = dict(
-        mrr=iwm.chance(recipe.bank), hit1=1 / recipe.bank, plan_left=1, knn=one, linear=one
-    )
+    chance = dict(mrr=iwm.chance(recipe.bank), hit1=1 / recipe.bank, plan_left=1)
+    chance |= dict(knn=one, linear=one)
     print(f"\n{'test images':12} {'this run':>9} {'random init':>12} {'chance':>8}")
     for name, by_chance in chance.items():
         print(f"{name:12} {trained[name]:9.4f} {random[name]:12.4f} {by_chance:8.4f}")
@@ -710,14 +723,10 @@ def save(out: Path, model: IWM, optimizer, log: dict):
 def record(out: Path, model: IWM, optimizer, log: dict, data: dict):
     """Measure on held-out images, append it to the log and save."""
     recipe, step = model.config, log["step"]
-    loss = statistics.mean(log["losses"]) if log["losses"] else math.nan
-    now = {
-        "step": step,
-        "images": step * recipe.batch_size,
-        "seconds": log["seconds"],
-        "loss": loss,
-    }
-    sizes = math.ceil(recipe.effort * recipe.mrr_images / 4), math.ceil(recipe.effort * 4000)
+    loss = statistics.mean(log["losses"]) if log["losses"] else None
+    now = {"step": step, "images": step * recipe.batch_size}
+    now |= {"seconds": log["seconds"], "loss": loss}
+    sizes = math.ceil(recipe.effort * recipe.mrr_images / 8), math.ceil(recipe.effort * 2000)
     now |= measure(model, data, "val", *sizes)
     now["memory_gib"] = peak_memory(next(model.parameters()).device)
     if step and (now["rankme"] < 2 or now["target_std"] < 0.02):
@@ -735,9 +744,11 @@ def main():
         return print(table(args.table))
     device = set_up(args.device)
     if args.measure:
+        if LAUNCHED:
+            sys.exit("--measure runs on one device: start it without torchrun")
         model = load_checkpoint(args.measure, device)
-        model.config = replace(model.config, **given)
-        out = args.out or Path("runs") / f"measured-{args.measure.parent.name}"
+        model.config = change(model.config, given)
+        out = args.out or Path("runs") / f"measured-{args.measure.resolve().parent.name}"
         data = load_data(replace(model.config, batch_size=1), device, out.parent / "cache")
         report(model, data, out, 0.0)
         return draw(model, data, out)
@@ -758,17 +769,21 @@ def main():
     optimizer = make_optimizer(model, recipe)
     log = {"step": 0, "seconds": 0.0, "losses": [], "metrics": []}
     if args.resume and (out / "last.pt").exists():
-        state = torch.load(out / "last.pt", map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        log = {name: state[name] for name in log}
+        try:
+            state = torch.load(out / "last.pt", map_location=device, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            log = {name: state[name] for name in log}
+        except Exception as error:  # foreign bytes can raise anything
+            sys.exit(f"{out / 'last.pt'} cannot be gone on with ({type(error).__name__})")
     if recipe.compile:
         for part in (model.encoder, model.teacher, model.predictor):  # CUDA graphs on a GPU
             part.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
     step_model = nn.parallel.DistributedDataParallel(model) if LAUNCHED else model
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor)]
-    print(f"{out}: encoder {sizes[0]:,} and predictor {sizes[1]:,} parameters, {len(data['train'][1])} "
-          f"images, {WORLD} x {device}, {precision(recipe, device)}, from step {log['step']}")  # fmt: skip
+    print(f"{out}: encoder {sizes[0]:,} and predictor {sizes[1]:,} parameters, "
+          f"{len(data['train'][1])} images, {WORLD} x {device}, {precision(recipe, device)}, "
+          f"from step {log['step']}")  # fmt: skip
     began, saved, running = time.monotonic() - log["seconds"], time.monotonic(), []
     if RANK == 0 and not log["metrics"]:
         text = json.dumps(asdict(recipe), indent=1)
