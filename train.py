@@ -611,8 +611,8 @@ def load_checkpoint(path: Path, device) -> IWM:
 
 def mean_std(values: list[float], digits: int = 1) -> str:
     """Mean and, of several, standard deviation."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def table(folders: list[Path]) -> str:
