@@ -71,7 +71,9 @@ class Recipe(iwm.Config):
     seed: int = setting(0, "of weights, data order, views and masks", 0, 10**9 - 1)
     # measuring: short runs measure less often and on fewer images
     measurements: int = setting(4, "how often a long run measures itself", 1)
-    mrr_images: int = setting(32, "test images that MRR averages over", 1, 500)
+    mrr_images: int = setting(
+        32, "test images that MRR averages over, a share of them in short runs", 1, 500
+    )
     # machine
     bf16: bool = setting(True, "compute in bfloat16 where the device has it")
     compile: bool = setting(False, "torch.compile the networks: a slow start, faster steps")
@@ -403,8 +405,8 @@ def fit_decoder(model: IWM, images: Tensor):
 def in_words(changes: Tensor, flags=()) -> str:
     """Non-zero jitter changes [4] and destructive flags, one a line."""
     words = [f"{name} {c:+.2f}" for name, c in zip(JITTER, changes) if c.abs() > 0.005]
-    words += [name for name, flag in zip(iwm.ACTION[len(JITTER) :], flags) if flag]
-    return "\n".join(words) or "nothing"
+    words += [f"x: {name}" for name, flag in zip(iwm.ACTION[len(JITTER) :], flags) if flag]
+    return "\n".join(words) or "no change"
 
 
 def sheet(rows: list[list], path: Path, tile: int = 96):
@@ -520,7 +522,8 @@ def write_whole(path: Path, write):
 def parse(argv=None) -> tuple[argparse.Namespace, dict]:
     """Command line -> the options, and the settings of Recipe that were given."""
     wide = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=120)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=wide)
+    text = f"{__doc__}\nIn brackets: the value in the preset shapes."
+    parser = argparse.ArgumentParser(description=text, formatter_class=wide)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="where to start from (default: what suits --data)")
     add("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ)")
@@ -595,8 +598,9 @@ def set_up(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def load_checkpoint(path: Path, device) -> IWM:
+def load_checkpoint(path: Path | str, device) -> IWM:
     """A checkpoint of train.py -> IWM, frozen. Read with weights_only: nothing in it is run."""
+    path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
         sys.exit(f"{path} does not exist: name a run's folder or its last.pt")
@@ -618,7 +622,10 @@ def mean_std(values: list[float], digits: int = 1) -> str:
 def table(folders: list[Path]) -> str:
     """Markdown. Runs of the same settings and data, whatever their seed, share a row."""
     rows: dict[str, dict] = {}  # settings -> seed -> result
-    for file in (folder / "result.json" for folder in folders):
+    runs = [folder for folder in folders if (folder / "config.json").exists()]
+    if not runs:
+        sys.exit("--table names no run: give it folders such as runs/*")
+    for file in (run / "result.json" for run in runs):
         if file.exists():
             result = json.loads(file.read_text())
             result["name"] = re.sub(r",?seed=\d+", "", file.parent.name)
@@ -750,8 +757,8 @@ def main():
         model.config = change(model.config, given)
         out = args.out or Path("runs") / f"measured-{args.measure.resolve().parent.name}"
         data = load_data(replace(model.config, batch_size=1), device, out.parent / "cache")
-        report(model, data, out, 0.0)
-        return draw(model, data, out)
+        draw(model, data, out)
+        return report(model, data, out, 0.0)
 
     # data
     recipe, out = choose_recipe(args, given)
@@ -800,7 +807,8 @@ def main():
         log["step"] += 1
         bar.update()
         due = log["step"] * times // recipe.steps > (log["step"] - 1) * times // recipe.steps
-        if len(running) < 20 and not due:
+        late = time.monotonic() - saved > 120
+        if len(running) < 20 and not due and not late:
             continue
         log["losses"] += torch.stack(running).tolist()  # only here the host waits for the device
         running, log["seconds"] = [], time.monotonic() - began
@@ -809,14 +817,14 @@ def main():
             sys.exit(f"the loss is not finite at step {log['step']}: lower --lr")
         if RANK == 0 and due:
             record(out, model, optimizer, log, data)
-        elif RANK == 0 and time.monotonic() - saved > 120:
+        elif RANK == 0 and late:
             save(out, model, optimizer, log)
-            saved = time.monotonic()
+        saved = time.monotonic() if due or late else saved
     bar.close()
 
     if RANK == 0:
-        report(model, data, out, log["seconds"])
         draw(model, data, out)
+        report(model, data, out, log["seconds"])
     if LAUNCHED:  # processes end together
         dist.barrier()
         dist.destroy_process_group()
