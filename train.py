@@ -622,10 +622,7 @@ def mean_std(values: list[float], digits: int = 1) -> str:
 def table(folders: list[Path]) -> str:
     """Markdown. Runs of the same settings and data, whatever their seed, share a row."""
     rows: dict[str, dict] = {}  # settings -> seed -> result
-    runs = [folder for folder in folders if (folder / "config.json").exists()]
-    if not runs:
-        sys.exit("--table names no run: give it folders such as runs/*")
-    for file in (run / "result.json" for run in runs):
+    for file in (folder / "result.json" for folder in folders if folder.name != "cache"):
         if file.exists():
             result = json.loads(file.read_text())
             result["name"] = re.sub(r",?seed=\d+", "", file.parent.name)
@@ -633,6 +630,8 @@ def table(folders: list[Path]) -> str:
             rows.setdefault(json.dumps(settings), {})[result["config"]["seed"]] = result
         else:
             print(f"{file.parent} is no finished run: left out", file=sys.stderr)
+    if not rows:
+        sys.exit("--table found no finished run")
     names = ("mrr", "hit1", "plan_left", "knn", "linear")
     lines = [f"| run | seeds | {' | '.join(names)} | minutes |", "|---" * (len(names) + 3) + "|"]
     for runs in (list(seeds.values()) for seeds in rows.values()):
