@@ -674,6 +674,18 @@ def report(model: IWM, data: dict, out: Path, seconds: float):
     print(f"\n{seconds / 60:.1f} minutes; see {out}")
 
 
+def measure_checkpoint(args, given: dict, device):
+    """--measure: the pictures and the last table of a checkpoint, on the data given."""
+    if LAUNCHED:
+        sys.exit("--measure runs on one device: start it without torchrun")
+    model = load_checkpoint(args.measure, device)
+    model.config = change(model.config, given)
+    out = args.out or Path("runs") / f"measured-{args.measure.resolve().parent.name}"
+    data = load_data(replace(model.config, batch_size=1), device, out.parent / "cache")
+    draw(model, data, out)
+    report(model, data, out, 0.0)
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 
@@ -750,14 +762,7 @@ def main():
         return print(table(args.table))
     device = set_up(args.device)
     if args.measure:
-        if LAUNCHED:
-            sys.exit("--measure runs on one device: start it without torchrun")
-        model = load_checkpoint(args.measure, device)
-        model.config = change(model.config, given)
-        out = args.out or Path("runs") / f"measured-{args.measure.resolve().parent.name}"
-        data = load_data(replace(model.config, batch_size=1), device, out.parent / "cache")
-        draw(model, data, out)
-        return report(model, data, out, 0.0)
+        return measure_checkpoint(args, given, device)
 
     # data
     recipe, out = choose_recipe(args, given)
