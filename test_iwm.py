@@ -151,7 +151,7 @@ class TestJitter:  # exercise 1
     def test_greys_are_finite_in_every_type(self, dtype):
         """A grey pixel has chroma 0, and 1e-8 is 0 in float16."""
         ours = iwm.jitter(some_images().to(dtype), self.PARAMS.to(dtype))
-        close((~ours.isfinite()).sum(), 0, "not finite")
+        close((~ours.isfinite()).sum(), 0, "infinite or NaN")
 
     def test_draws_fill_their_range_evenly(self):
         c = replace(TINY, strength=5, hue=0.2)
@@ -506,12 +506,12 @@ class TestProbes:
         found = [iwm.rankme(f) for f in features]
         close(found, [5, 1, 1.755, math.nan], "five equal, a constant, (3, 1), not finite", 0.01)
 
-    @each("probe, scale", [("knn_accuracy", 1), ("linear_accuracy", 10_000)])
+    @each("probe, scale", [("knn_accuracy", 1), ("linear_accuracy", 1000)])
     def test_probes_find_separable_classes(self, probe, scale):
-        """Large features that say nothing must not matter to a linear probe."""
+        """A linear probe reads small features as well."""
         labels = arange(800) % 4
         f = F.one_hot(labels, 16) + 0.1 * randn(800, 16, generator=seeded())
-        f[:, 4:] *= scale
+        f[:, :4] /= scale
         test = f[400::4], labels[400::4]  # one class: its own mean would hide it
         close(getattr(iwm, probe)(f[:400], labels[:400], *test), 1.0, "accuracy", 0.05)
 
@@ -640,11 +640,13 @@ def coded(labels):
     """For train.shapes: images tell their factors; random labels are wrong for half a class."""
 
     def shapes(n, seed, size):
-        truth = stack([arange(n) // 2**bit % 2 for bit in range(4)])
+        g = seeded(seed)
+        order = torch.randperm(n // 2, generator=g).repeat(2)
+        truth = stack([order // 2**bit % 2 for bit in range(4)])
         left = (arange(size) < size // 2).expand(n, size, size)
-        images = randint(50, (n, 3, size, size), generator=seeded(seed)) + 50 * left[:, None]
+        images = randint(50, (n, 3, size, size), generator=g) + 50 * left[:, None]
         images += 150 * truth.T.repeat(1, size // 4)[:, None, None]
-        coins = randint(2, (5, n // 2), generator=seeded(seed))
+        coins = randint(2, (5, n // 2), generator=g)
         coins = cat([coins, 1 - coins], dim=1)
         wrong = {"true": 0 * coins, "opposite": 0 * coins + 1, "random": coins}[labels[seed]]
         mask = left ^ wrong[4, :, None, None].bool()
@@ -915,7 +917,7 @@ def test_a_killed_run_resumes_bit_equal(call, patch, spy):
     spy(train.IWM, "update_teacher", lambda *_: calls.append(1) or 1 / (len(calls) - 47))
     with raises(ZeroDivisionError):
         call(flags + "--out=parts")
-    assert torch.load("parts/last.pt")["step"] == 45, "saved every two minutes"
+    assert 25 < torch.load("parts/last.pt")["step"] < 47, "saved every two minutes"
     call(flags + "--resume --out=parts")
     one, other = torch.load("run/last.pt"), torch.load("parts/last.pt")
     for m in one["metrics"] + other["metrics"]:
@@ -929,13 +931,12 @@ def test_a_killed_run_resumes_bit_equal(call, patch, spy):
 
 def test_table_of_runs_over_seeds(call):
     for name, seed, data, mrr in (
-        ("a,seed=0", 0, "A/x", 0.2),
-        ("a,seed=1", 1, "A/x", 0.4),
-        ("b", 0, "B/x", 0.1),
-    ):
+        ("a,seed=0", 0, "A/x", 0.2), ("a,seed=1", 1, "A/x", 0.4), ("b", 0, "B/x", 0.1), ("c", 0, "", 0),
+    ):  # fmt: skip
         os.mkdir(name)
         made = {"config": asdict(replace(RECIPE, seed=seed, data=data)), "trained": {"mrr": mrr}}
-        Path(name, "result.json").write_text(json.dumps(made | {"seconds": 60.0}))
+        for file in ("config.json", "result.json")[: 2 if mrr else 1]:
+            Path(name, file).write_text(json.dumps(made | {"seconds": 60.0}))
     said = call("--table a,seed=0 a,seed=1 b c")
 
     for line in ("| a | 2 | 0.300 ± 0.141 | ", "| b | 1 | 0.100 | ", "c is no finished run"):
@@ -990,7 +991,7 @@ def test_shapes_are_repeatable_and_balanced(patch):
     images, again = (cat([x for x, _ in data.values()]) for data in (one, same))
     factors = train.shapes(2000, 0, 8)
 
-    assert equal(images, again), "drawn twice"
+    assert equal(images, again) and equal(one["train"][1], factors["shape"]), "drawn twice"
     assert [len(y) for _, y in one.values()] == [2000, 1000, 1000], "sizes"
     assert len(images.flatten(1).unique(dim=0)) == 4000, "different ones"
     for name, kinds in (("shape", 8), ("colour", 8), ("texture", 4), ("background", 4)):
@@ -1007,31 +1008,32 @@ def fill(folder, n, colour):
 
 @fixture
 def load(call, patch):
-    """-> of ./d: numbers of images; {"is it test, label, strongest channel"}."""
+    """-> of ./d: numbers of images; {"split, label, strongest channel"}."""
     patch(os, cpu_count=lambda: 0)  # decodes in this process
-    for split, n, colour in (("train", 12, "red"), ("test", 6, "blue")):
-        fill(f"d/{split}/cat", n, colour)
-        fill(f"d/{split}/dog", n, "lime")
+    for split, colour in (("train", "red"), ("test", "blue")):
+        fill(f"d/{split}/cat", 12, colour)
+        fill(f"d/{split}/dog", 12, "lime")
 
     def load():
         data = train.load_data(replace(RECIPE, data="d"), CPU, Path("cache"))
-        what = lambda s: {f"{s == 'test'} {y} {x[:, 0, 0].argmax()}" for x, y in zip(*data[s])}
+        what = lambda s: {f"{s} {y} {x[:, 0, 0].argmax()}" for x, y in zip(*data[s])}
         return [len(data[s][1]) for s in SPLITS], set.union(*map(what, SPLITS))
 
     return load
 
 
 def test_folders_keep_their_images_and_labels(load):
-    for new, sizes in (
-        (lambda: os.mkdir("d/train/__MACOSX"), [22, 2, 12]),  # no images, no class
-        (lambda: None, [22, 2, 12]),  # from the cache
-        (lambda: fill("d/train/dog/deeper", 5, "lime"), [27, 2, 12]),
-        (lambda: fill("d/val/cat", 3, "red"), [29, 3, 12]),
-        (lambda: os.rename("d/val", "val"), [27, 2, 12]),
-        (lambda: os.rename("d/test", "d/val"), [27, 2, 12]),
+    right = {"train 0 0", "train 1 1", "val 0 0", "test 0 2", "test 1 1"}
+    for new, *sizes in (
+        (lambda: os.mkdir("d/train/__MACOSX"), 22, 2, 24),  # no images, no class
+        (lambda: None, 22, 2, 24),  # from the cache
+        (lambda: fill("d/train/dog/deeper", 5, "lime"), 27, 2, 24),
+        (lambda: fill("d/val/cat", 3, "red"), 29, 3, 24),
+        (lambda: os.rename("d/val", "val"), 27, 2, 24),
+        (lambda: os.rename("d/test", "d/val"), 27, 2, 24),
     ):  # fmt: skip
         new()
-        assert load() == (sizes, {"False 0 0", "False 1 1", "True 0 2", "True 1 1"})
+        assert load() == (sizes, right | ({"val 1 1"} if sizes[0] == 22 else set()))
 
 
 def test_bad_files_are_counted_at_every_start(load, capsys):
@@ -1076,10 +1078,12 @@ def test_cifar_keeps_its_splits_and_labels(call, patch):
             self.data, self.targets = counted(256)[[*self]].movedim(1, 3).numpy(), [*self]
 
     patch(train.torchvision.datasets, CIFAR10=Cifar)
-    data = train.load_data(replace(RECIPE, data="cifar10"), CPU, None)
+    recipe = replace(RECIPE, data="cifar10")
+    data, again = (train.load_data(recipe, CPU, None) for _ in range(2))
     one, val, test = labels = [data[s][1].tolist() for s in SPLITS]
     assert [numbers(data[s][0]) for s in SPLITS] == labels, "labels"
     assert len(val) == 6 and sorted(one + val) == [*range(60)], "held out"
+    assert equal(data["val"][1], again["val"][1]), "held out each time"
     assert sorted(test) == [*range(100, 120)], "test"
     patch(train.torchvision.datasets, CIFAR10=lambda *_, **__: os.listdir("network"))
     os.mkdir("data")
