@@ -16,7 +16,6 @@ at the end), last.pt, views.png, retrieval.png (its top: strip.png), plan.png an
 import argparse
 import contextlib
 import ctypes
-import errno
 import functools
 import hashlib
 import json
@@ -187,24 +186,15 @@ def _shapes(n: int, seed: int, size: int) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def read_image(file: str, size: int) -> np.ndarray | OSError | None:
-    """The middle square of an image, RGB [3, size, size] uint8, upright, on white.
-
-    None if the file is damaged; the error if it is the disk that failed.
-    """
+def read_image(file: str, size: int) -> np.ndarray | None:
+    """The middle square of an image, upright, RGB [3, size, size] uint8; None if it is damaged."""
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits, of which Pillow would not keep the upper ones
-                image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
         return np.array(image).transpose(2, 0, 1)
-    except Exception as error:  # foreign bytes can raise anything
-        disk = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
-        return error if disk else None
+    except Exception:  # foreign bytes can raise anything
+        return None
 
 
 def read_folder(folder: Path, size: int, cache: Path) -> tuple[Tensor, list[str]]:
@@ -216,10 +206,9 @@ def read_folder(folder: Path, size: int, cache: Path) -> tuple[Tensor, list[str]
     loader = functools.partial(read_image, size=size)
     listed = torchvision.datasets.ImageFolder(folder, loader=loader, allow_empty=True)
     random.Random(0).shuffle(listed.samples)  # so that any part of them has all classes
-    stats = [(file, os.stat(file)) for file, _ in listed.samples if os.path.exists(file)]
-    facts = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    key = json.dumps([str(folder.resolve()), size, facts])
-    decoded = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    files = [(file, os.lstat(file).st_size, os.lstat(file).st_mtime) for file, _ in listed.samples]
+    key = json.dumps([str(folder.resolve()), size, files]).encode()
+    decoded = cache / f"{hashlib.sha256(key).hexdigest()[:16]}.npy"
 
     def decode(aside):
         row = np.dtype([("pixels", np.uint8, (3, size, size)), ("label", np.int64)])
@@ -229,8 +218,6 @@ def read_folder(folder: Path, size: int, cache: Path) -> tuple[Tensor, list[str]
         read = (item for batch in torch.utils.data.DataLoader(listed, **workers) for item in batch)
         bar = tqdm(read, f"decoding {folder}, once", total=len(listed), leave=False, **QUIET)
         for (pixels, label), (file, _) in zip(bar, listed.samples):
-            if isinstance(pixels, OSError):
-                sys.exit(f"{file} cannot be read ({pixels}): nothing was kept, start again")
             if pixels is None:
                 tqdm.write(f"damaged: {file}", file=sys.stderr)
             else:
@@ -274,9 +261,8 @@ def read_cifar(name: str, size: int) -> dict[str, tuple[Tensor, Tensor]]:
             dataset = getattr(torchvision.datasets, name.upper())
             found = dataset("data", split == "train", download=True)
         except (OSError, RuntimeError) as error:
-            there = ", ".join(str(path) for path in Path("data").glob("cifar*"))
-            there = f"{there}: damaged or incomplete" if there else f"no {name} in ./data"
-            sys.exit(f"{there}, and it cannot be downloaded ({error}): try --data shapes")
+            sys.exit(f"{name} is not whole in ./data, and cannot be downloaded ({error}): "
+                     "try --data shapes or a folder of images")  # fmt: skip
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2)[order]
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
@@ -559,18 +545,12 @@ def choose_recipe(args, given: dict) -> tuple[Recipe, Path]:
     if stored.exists() and not args.resume:
         sys.exit(f"{out} holds a run already: add --resume to go on, or choose another --out")
     if stored.exists():
-        try:
-            recipe = Recipe(**json.loads(stored.read_text()))
-        except (ValueError, TypeError) as error:
-            sys.exit(f"{stored} is damaged: {error}")
-        given = (asdict(PRESETS[preset]) | {"data": recipe.data} if args.preset else {}) | given
-        where = given.pop("data", recipe.data)
+        recipe = Recipe(**json.loads(stored.read_text()))
+        where = given.pop("data", recipe.data)  # data may move: it is no setting of the experiment
         differs = [f"{n} was {getattr(recipe, n)}, now {v}" for n, v in given.items()
                    if v != getattr(recipe, n)]  # fmt: skip
         if differs:
             sys.exit(f"{out} cannot go on with other settings: {'; '.join(differs)}")
-        if where != recipe.data:  # where the data lies is no setting of the experiment
-            print(f"the data is read from {where} now, before from {recipe.data}")
         given = {"data": where}
     return change(recipe, given), out
 
@@ -620,40 +600,31 @@ def mean_std(values: list[float], digits: int = 1) -> str:
 
 
 def table(folders: list[Path]) -> str:
-    """Markdown. Runs of the same settings and data, whatever their seed, share a row."""
-    rows: dict[str, dict] = {}  # settings -> seed -> result
-    for file in (folder / "result.json" for folder in folders if folder.name != "cache"):
-        if file.exists():
-            result = json.loads(file.read_text())
-            result["name"] = re.sub(r",?seed=\d+", "", file.parent.name)
-            settings = {n: v for n, v in result["config"].items() if n != "seed"}
-            rows.setdefault(json.dumps(settings), {})[result["config"]["seed"]] = result
-        else:
-            print(f"{file.parent} is no finished run: left out", file=sys.stderr)
+    """Markdown. A run's name without its seed is its row: mean and deviation over the seeds."""
+    rows: dict[str, list] = {}
+    for folder in folders:
+        if (folder / "result.json").exists():
+            name = re.sub(r",?seed=\d+", "", folder.name)
+            rows.setdefault(name, []).append(json.loads((folder / "result.json").read_text()))
+        elif folder.name != "cache":
+            print(f"{folder} is no finished run: left out", file=sys.stderr)
     if not rows:
         sys.exit("--table found no finished run")
     names = ("mrr", "hit1", "plan_left", "knn", "linear")
     lines = [f"| run | seeds | {' | '.join(names)} | minutes |", "|---" * (len(names) + 3) + "|"]
-    for runs in (list(seeds.values()) for seeds in rows.values()):
+    for row, runs in rows.items():
         cells = [mean_std([run["trained"].get(n, math.nan) for run in runs], 3) for n in names]
-        minutes = mean_std([run["seconds"] / 60 for run in runs], 0)
-        lines.append(f"| {' | '.join([runs[0]['name'], str(len(runs)), *cells, minutes])} |")
+        minutes = mean_std([(run["seconds"] or 0) / 60 for run in runs], 0)
+        lines.append(f"| {' | '.join([row, str(len(runs)), *cells, minutes])} |")
     return "\n".join(lines)
 
 
 def peak_memory(device) -> float | None:
-    """Most memory held so far, of the GPU or of this process, in GiB; None where it is not told."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    with contextlib.suppress(ImportError):  # on Windows
-        import resource
-
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return None
+    """Most memory held so far on a GPU, in GiB."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
 
-def report(model: IWM, data: dict, out: Path, seconds: float):
+def report(model: IWM, data: dict, out: Path, seconds: float | None = None):
     """The last table: this network and a randomly initialised one on the test images."""
     recipe, device = model.config, next(model.parameters()).device
     mrr, probes = math.ceil(recipe.effort * recipe.mrr_images), math.ceil(recipe.effort * 10_000)
@@ -671,7 +642,7 @@ def report(model: IWM, data: dict, out: Path, seconds: float):
     print(f"\n{'test images':12} {'this run':>9} {'random init':>12} {'chance':>8}")
     for name, by_chance in chance.items():
         print(f"{name:12} {trained[name]:9.4f} {random[name]:12.4f} {by_chance:8.4f}")
-    print(f"\n{seconds / 60:.1f} minutes; see {out}")
+    print(f"\nsee {out}" if seconds is None else f"\n{seconds / 60:.1f} minutes; see {out}")
 
 
 def measure_checkpoint(args, given: dict, device):
@@ -680,10 +651,12 @@ def measure_checkpoint(args, given: dict, device):
         sys.exit("--measure runs on one device: start it without torchrun")
     model = load_checkpoint(args.measure, device)
     model.config = change(model.config, given)
-    out = args.out or Path("runs") / f"measured-{args.measure.resolve().parent.name}"
+    path = args.measure.resolve()
+    name = path.parent.name if path.stem == "last" else path.stem
+    out = args.out or Path("runs") / f"measured-{name}"
     data = load_data(replace(model.config, batch_size=1), device, out.parent / "cache")
     draw(model, data, out)
-    report(model, data, out, 0.0)
+    report(model, data, out)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -747,9 +720,8 @@ def record(out: Path, model: IWM, optimizer, log: dict, data: dict):
     sizes = math.ceil(recipe.effort * recipe.mrr_images / 8), math.ceil(recipe.effort * 2000)
     now |= measure(model, data, "val", *sizes)
     now["memory_gib"] = peak_memory(next(model.parameters()).device)
-    if step and (now["rankme"] < 2 or now["target_std"] < 0.02):
-        tqdm.write(f"RankMe {now['rankme']:.1f}, target std {now['target_std']:.3f}: the latents "
-                   "have collapsed, lower --lr or raise --ema", file=sys.stderr)  # fmt: skip
+    if step and now["rankme"] < 2:
+        tqdm.write("RankMe is below 2: collapsed, lower --lr or raise --ema", file=sys.stderr)
     log["metrics"].append(now)
     log["losses"] = []
     save(out, model, optimizer, log)
