@@ -16,13 +16,13 @@ GAIN = "learned predictor - random predictor"
 NAMES = {"mrr": "MRR", "mrr_pooled": "pooled MRR", "hit1": "H@1", "knn": "kNN", GAIN: "gain"}
 TUNED = f"random predictor|learned predictor|{GAIN}|encoder|end-to-end"
 SHARED = [f"{x} predictor, {y}" for x in ("random", "learned") for y in ("shared", "one each")]
-AVERAGED = "predictor", "teacher", "1 imagined", "8 imagined", "32 imagined"
+AVERAGED = "teacher", "predictor", "1 imagined", "8 imagined", "32 imagined"
 BY_RUN = {  # table: studies, columns, tasks of the finetuning rows
-    "grid": ("grid preset", "mrr|mrr_pooled|hit1|knn|linear", "classify"),
-    "earlier": ("earlier", "mrr|hit1|knn|linear", "classify"),
-    "dial": ("dial", f"mrr|hit1|knn|linear|attentive|{TUNED}", "classify"),
-    "finetuning": ("grid preset", f"attentive|{TUNED}", "classify"),
-    "averaging": ("grid", "|".join(f"linear, {of}" for of in AVERAGED), "classify"),
+    "grid": ("grid preset long", "mrr|mrr_pooled|hit1|plan_left|knn|linear", "classify"),
+    "short": ("short", "mrr|hit1|knn|linear", "classify"),
+    "dial": ("dial", f"mrr|hit1|knn|linear|attentive|{TUNED.split('|enc')[0]}", "classify"),
+    "finetuning": ("grid preset long", f"attentive|{TUNED}", "classify"),
+    "averaging": ("grid long", "|".join(f"linear, {of}" for of in AVERAGED), "classify"),
     "shapes": ("preset earlier", f"attentive|{TUNED.split('|enc')[0]}", "shape"),
     "segment": ("preset earlier", f"linear per patch|{TUNED}", "segment"),
     "tasks": ("preset earlier", "|".join(["attentive", *SHARED]), "shape colour texture"),
@@ -46,15 +46,14 @@ def get(d, key, tasks="classify"):
 
 
 def values(study, run, key, tasks="classify"):
-    found = [v for d in runs(study, run) if (v := get(d, key, tasks)) is not None]
-    return found or sys.exit(f"error: results.jsonl has no {key} of {study} {run}")
+    return [v for d in runs(study, run) if (v := get(d, key, tasks)) is not None]
 
 
 def cell(found, n, seeds):
     """Mean±sample deviation (n, if not all seeds); below three seeds no result: each of them."""
     mean = f"{st.mean(found):.{n}f}±{st.stdev(found):.{n}f}" if found[2:] else ""
-    text = mean or ", ".join(f"{v:.{n}f}" for v in found)
-    return text if len(found) == seeds else f"{text} ({len(found)})"
+    text = mean or ", ".join(f"{v:.{n}f}" for v in found) or "-"
+    return text if len(found) in (0, seeds) else f"{text} ({len(found)})"
 
 
 def by_run(studies, columns, tasks):
@@ -64,14 +63,14 @@ def by_run(studies, columns, tasks):
     found = [d for s in studies.split() for d in runs(s) if "label" in d and get(d, keys[0], tasks)]
     for s, run, label in dict.fromkeys((d["study"], d["run"], d["label"]) for d in found):
         row, n = [values(s, run, k, tasks) for k in keys], len(runs(s, run))
-        digits = [3 if k[:3] in ("mrr", "hit") else 1 for k in keys]
+        digits = [3 if k[:3] in ("mrr", "hit", "pla") else 1 for k in keys]
         yield label, str(n), *(cell(of, d, n) for of, d in zip(row, digits))
 
 
 def pearson(x, y, strength=None):
     """r and its 95 % interval (Fisher) over the grid's models that are told an action; these."""
     found = [d for d in runs("grid") if strength in (None, d["settings"]["strength"])]
-    found = [d for d in found if d["run"] not in ("none", "ijepa") and get(d, y) is not None]
+    found = [d for d in found if d["run"][:4] not in ("none", "ijep") and get(d, y) is not None]
     r = st.correlation([get(d, x) for d in found], [get(d, y) for d in found])
     return r, *(tanh(atanh(r) + s * 1.96 / sqrt(len(found) - 3)) for s in (-1, 1)), found
 
@@ -102,32 +101,50 @@ def compared(study):
         yield c["claim"], c["paper"], f"{c['what']} {mean:+.{d}f}{reach}, {n} {unit}", verdict
 
 
+def dots(axis, colour, label, found, x=None):
+    """A dot for each seed, a line through the means."""
+    x = x or range(len(found))
+    axis.plot(x, [st.mean(scores) for scores in found], colour, label=label)
+    for at, scores in zip(x, found):
+        axis.plot([at] * len(scores), scores, "o", color=colour, alpha=0.5)
+    axis.set_ylim(0, 0.8)
+
+
 def draw():
-    figure, (left, *right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     for tail, colour in (("", "C0"), ("-shallow", "C3")):
-        names = f"x1-jitter{tail}", f"x1{tail}", tail[1:] or "feature"
-        found = [values("grid", run, "mrr") for run in names]
-        left.plot((1, 2, 3), [*map(st.mean, found)], colour, label=f"{2 if tail else 6} blocks")
-        for x, scores in enumerate((values("grid", "ijepa", "mrr"), *found)):
-            left.plot([x] * len(scores), scores, "o", color=colour if x else "gray", alpha=0.5)
+        cells = f"ijepa{tail}", f"x1-jitter{tail}", f"x1{tail}", tail[1:] or "feature"
+        dots(left, colour, f"{2 if tail else 6} blocks", [values("grid", c, "mrr") for c in cells])
+    dots(left, "C2", "10 blocks", [values("grid", "x1-ten", "mrr")], x=(2,))
     left.axhline(0.0239, color="gray", linestyle=":", label="chance")
-    left.set_xticks(range(4), ("none\n(I-JEPA)", "jitter", "+ destructive", "+ strong\njitter"))
-    left.set(ylabel="MRR, each on its own bank", ylim=(0, 0.8), title="Difficulty and depth")
-    for axis, key in zip(right, ("linear", "learned predictor")):
-        r, low, high, _ = pearson("mrr", key)
-        axis.set(xlabel="MRR", ylabel=f"{key}, %", title=f"r {r:+.2f} [{low:+.2f}, {high:+.2f}]")
-        for s in (1, 2):
-            r, *_, of = pearson("mrr", key, s)
-            dots = [get(d, "mrr") for d in of], [get(d, key) for d in of]
-            axis.plot(*dots, "o", color=f"C{3 - s}", label=f"strength {s}: r {r:+.2f}")
+    changes = "no change\n(I-JEPA)", "jitter", "+ destructive", "+ strong\njitter"
+    left.set_xticks(range(4), changes)
+    left.set(ylabel="MRR, each on its own bank", title="Difficulty and depth")
+
+    for loss, colour in (("all", "C0"), ("masked", "C3")):
+        found = [values("dial", f"{share}-{loss}", "mrr") for share in (3, 18, 44)]
+        dots(middle, colour, f"loss at {loss} patches", found)
+    middle.set_xticks(range(3), ("3 %", "18 %", "44 %"))
+    middle.set(xlabel="share of patches hidden", ylabel="MRR", title="Masks as a dial")
+
+    r, low, high, _ = pearson("mrr", "learned predictor")
+    title = f"The spectrum: r {r:+.2f} [{low:+.2f}, {high:+.2f}]"
+    right.set(xlabel="MRR", ylabel="learned predictor, finetuned, %", title=title)
+    for s in (1, 2):
+        r, *_, of = pearson("mrr", "learned predictor", s)
+        points = [get(d, "mrr") for d in of], [get(d, "learned predictor") for d in of]
+        right.plot(*points, "o", color=f"C{3 - s}", label=f"strength {s}: r {r:+.2f}")
+
     curves, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     deep = [d for d in runs("grid") if d["settings"]["pred_depth"] == 6]
-    for axis, found in zip(panels, (deep, runs("preset") + runs("earlier", "cifar-preset"))):
+    for axis, found in zip(panels, (deep, runs("preset") + runs("long"))):
         for i, label in enumerate(dict.fromkeys(d["label"] for d in found)):
             for j, curve in enumerate(d["curve"] for d in found if d["label"] == label):
                 axis.plot(curve["step"], curve["mrr"], f"C{i}.-", lw=1, label="_" * j + label)
         axis.set(xlabel="step", ylabel="MRR on held-out images", ylim=(0, 1))
-    for axis in (left, *right, *panels):
+    panels[0].set_title("The grid, predictors of 6 blocks")
+    panels[1].set_title("Presets, and a longer run")
+    for axis in (left, middle, right, *panels):
         axis.legend(frameon=False, fontsize=9)
     figure.savefig(HERE / "claims.png", dpi=110)
     curves.savefig(HERE / "curves.png", dpi=110)
@@ -145,6 +162,4 @@ for page in (HERE / "RESULTS.md", HERE.parent / "README.md"):
         lines = [f"|{'|'.join(row)}|\n" for row in (rows[0], "-" * len(rows[0]), *rows[1:])]
         parts[i] = f"<!-- table: {name} -->\n{''.join(lines)}<!-- end -->"
     page.write_text("".join(parts))
-if "dial" not in {d["study"] for d in LINES} and tables.pop("dial", 0):
-    print("skipped: the table dial, which has no runs yet")
 sys.exit(f"error: no page has a marker for {', '.join(tables)}" if tables else 0)
