@@ -447,7 +447,9 @@ def draw_retrieval(model: IWM, images: Tensor, decode, path: Path):
     for i, name in enumerate(JITTER):
         sweep = iwm.sweep_params(i, config, n=9)
         pictures, _, imagined = iwm.variants(model, images[:1], sweep)
-        rows += [[f"{name},\nvariants", *pictures], ["imagined,\ndecoded", *decode(imagined)]]
+        low, high = (sweep[[0, -1], i] - IDENTITY[i]).tolist()
+        label = f"{name},\n{low:+.2f} to {high:+.2f}"
+        rows += [[label, *pictures], ["imagined,\ndecoded", *decode(imagined)]]
     sheet(rows, path)
 
 
