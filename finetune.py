@@ -8,19 +8,9 @@
     python finetune.py runs/shapes/last.pt --protocol factors     # what the latents of each hold
     python finetune.py assets/cifar.pt --data cifar10             # the published weights
 
-The rows. "Frozen" is the checkpoint's EMA teacher; "learned" starts from the checkpoint (the
-encoder from the teacher) and is trained; a random network is initialised anew.
-
-    row                      encoder          predictor   what reads the latents
-    knn, whose               frozen           -           cosine kNN on mean-pooled latents
-    linear, whose            frozen           -           ridge regression on mean-pooled latents
-    attentive                frozen           -           a learned query attends, a linear layer
-    random predictor         frozen           random      the same
-    learned predictor        frozen           learned     the same
-    encoder                  learned          -           the same
-    end-to-end               learned          learned     the same
-    scratch                  random           random      the same
-    attentive, random init   frozen, random   -           the same
+ROWS below says what a row makes of encoder and predictor. "Frozen" is the checkpoint's EMA teacher;
+"learned" starts from the checkpoint (the encoder from the teacher) and is trained; "random" is
+initialised anew. A learned query reads the latents; "knn" and "linear" read their mean.
 
 The predictor gets the latents of the clean image, a mask token at every position and the null
 action: it predicts the whole, untransformed image. A row is written to finetune.jsonl beside the
@@ -181,9 +171,7 @@ class Network(nn.Module):
         if predictor and len(tasks) > 1:
             for name in tasks:
                 self.task_tokens[name] = nn.Parameter(0.02 * torch.randn(1, 1, config.pred_width))
-        learned = [self.encoder] if encoder == "learned" else []
-        learned += [self.predictor] if predictor == "learned" else []
-        self.learned = [p for part in learned for p in part.parameters()]
+        self.start = {"encoder": encoder, "predictor": predictor}
         self.to(device)
 
     def forward(self, images: Tensor, task: str) -> Tensor:
@@ -227,13 +215,13 @@ def make_optimizer(network: Network, lr: float, steps: int):
 
     No weight decay on biases, norms and tokens, as in pretraining.
     """
-    learned, groups = {id(p) for p in network.learned}, {}
+    groups = []
     for name, p in network.named_parameters():
         if p.requires_grad:
-            rate = lr * LEARNED if id(p) in learned else lr
-            plain = p.ndim <= 1 or name.endswith(("bias", "query")) or "tokens" in name
-            groups.setdefault((rate, 0.0 if plain else 0.05), []).append(p)
-    groups = [dict(params=p, lr=rate, weight_decay=decay) for (rate, decay), p in groups.items()]
+            learned = network.start.get(name.split(".")[0]) == "learned"
+            decay = 0.05 if p.ndim == 2 and not name.endswith("bias") else 0.0
+            rate = lr * LEARNED if learned else lr
+            groups.append(dict(params=[p], lr=rate, weight_decay=decay))
     optimizer = torch.optim.AdamW(groups, fused=True)
 
     def share(i):
@@ -297,20 +285,16 @@ def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int) -> 
     torch.manual_seed(seed)
     random, generator = IWM(config).to(device), torch.Generator(device).manual_seed(seed)
 
-    def predicted(images):
-        z = model.teacher(images)
-        return model.predictor.everywhere(z, null_action(z))
-
     def imagined(images):
-        z, K = model.teacher(images), int(whose.split()[0])
-        draws = (
-            iwm.jitter_params(len(z), config, generator, device, always=True) for _ in range(K)
-        )
-        actions = (iwm.bank_actions(params, config) for params in draws)
-        return sum(model.predictor.everywhere(z, action).float() for action in actions) / K
+        z = model.teacher(images)
+        actions = [null_action(z)]
+        if whose != "predictor":
+            K, draw = int(whose.split()[0]), (len(z), config, generator, device, True)
+            actions = [iwm.bank_actions(iwm.jitter_params(*draw), config) for _ in range(K)]
+        return sum(model.predictor.everywhere(z, a).float() for a in actions) / len(actions)
 
     networks = {"random init": random.encoder, "encoder": model.encoder, "teacher": model.teacher}
-    encode = networks.get(whose, predicted if whose == "predictor" else imagined)
+    encode = networks.get(whose, imagined)
 
     def features(images):
         with train.autocast(config, device):
@@ -377,8 +361,6 @@ def describe(records: list[dict], tasks: list[str]) -> str:
 
 def main():
     args = parse()
-    if train.LAUNCHED:
-        sys.exit("finetune.py runs on one device: start it without torchrun")
     device = train.set_up(args.device)
     model = load_checkpoint(args.checkpoint, device)
     recipe = replace(model.config, data=args.data or model.config.data, batch_size=1)

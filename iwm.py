@@ -31,8 +31,7 @@ Symbols of shapes:  B images,  S x S pixels,  N patches of an image,  K context 
 to imagine (the masked: K + M = N, or all: M = N),  D encoder width,  W predictor width,  A = 7
 numbers of an action,  V variants in a bank.
 
-Sections, in the order of the paper: Config | photometric actions | masks | ViT | predictor | IWM |
-measures. "deviation:" tags what departs from the paper or fills a gap in it; assets/RESULTS.md
+"deviation:" tags what departs from the paper or fills a gap in it; assets/RESULTS.md
 lists them all with their reasons.
 """
 
@@ -54,7 +53,7 @@ IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the jitter parameters that chan
 
 
 def setting(default, help, low=None, high=math.inf):
-    """A setting, its explanation and its range (or, as `low`, its choices)."""
+    """A setting, its explanation and its range."""
     return field(default=default, metadata={"help": help, "range": (low, high)})
 
 
@@ -86,8 +85,7 @@ class Config:
     depth: int = setting(12, "blocks of the encoder", 1)
     heads: int = setting(12, "attention heads, of the encoder and of the predictor", 1)
     # predictor p, the world model
-    conditioning: str = setting("feature", "how the predictor is told the action: none | sequence "
-                                "| feature", ("none", "sequence", "feature"))  # fmt: skip
+    conditioning: str = setting("feature", "how it is told the action: none | sequence | feature")
     pred_width: int = setting(384, "width W of the predictor", 1)
     pred_depth: int = setting(18, "blocks of the predictor", 1)
     target_norm: bool = setting(True, "layer-norm the teacher's latents before the loss")
@@ -103,10 +101,10 @@ class Config:
 
         for f in fields(self):
             (low, high), value = f.metadata["range"], getattr(self, f.name)
-            if isinstance(low, tuple):
-                need(value in low, f"{f.name} is {value!r}: choose {' or '.join(low)}")
-            elif low is not None:
+            if low is not None:
                 need(low <= value <= high, f"{f.name} is {value}: it must be in {low}..{high}")
+        need(self.conditioning in ("none", "sequence", "feature"),
+             f"conditioning is {self.conditioning}: choose none, sequence or feature")  # fmt: skip
         need(self.block_min <= self.block_max,
              f"block_min {self.block_min} is above block_max {self.block_max}")  # fmt: skip
         need(self.image_size % self.patch == 0 and self.grid >= 2,

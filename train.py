@@ -649,8 +649,6 @@ def report(model: IWM, data: dict, out: Path, seconds: float | None = None):
 
 def measure_checkpoint(args, given: dict, device):
     """--measure: the pictures and the last table of a checkpoint, on the data given."""
-    if LAUNCHED:
-        sys.exit("--measure runs on one device: start it without torchrun")
     model = load_checkpoint(args.measure, device)
     model.config = change(model.config, given)
     path = args.measure.resolve()
@@ -717,8 +715,7 @@ def record(out: Path, model: IWM, optimizer, log: dict, data: dict):
     """Measure on held-out images, append it to the log and save."""
     recipe, step = model.config, log["step"]
     loss = statistics.mean(log["losses"]) if log["losses"] else None
-    now = {"step": step, "images": step * recipe.batch_size}
-    now |= {"seconds": log["seconds"], "loss": loss}
+    now = dict(step=step, images=step * recipe.batch_size, seconds=log["seconds"], loss=loss)
     sizes = math.ceil(recipe.effort * recipe.mrr_images / 8), math.ceil(recipe.effort * 2000)
     now |= measure(model, data, "val", *sizes)
     now["memory_gib"] = peak_memory(next(model.parameters()).device)
