@@ -123,17 +123,17 @@ def draw():
 
     for loss, colour in (("all", "C0"), ("masked", "C3")):
         found = [values("dial", f"{share}-{loss}", "mrr") for share in (3, 18, 44)]
-        dots(middle, colour, f"loss at {loss} patches", found)
-    middle.set_xticks(range(3), ("3 %", "18 %", "44 %"))
+        dots(middle, colour, f"loss at {loss} patches".replace("masked", "hidden"), found)
+    middle.set_xticks(range(3), ("3 %", "19 %", "44 %"))
     middle.set(xlabel="share of patches hidden", ylabel="MRR", title="Masks as a dial")
 
     r, low, high, _ = pearson("mrr", "learned predictor")
-    title = f"The spectrum: r {r:+.2f} [{low:+.2f}, {high:+.2f}]"
+    title = f"MRR against finetuning: r {r:+.2f} [{low:+.2f}, {high:+.2f}]"
     right.set(xlabel="MRR", ylabel="learned predictor, finetuned, %", title=title)
     for s in (1, 2):
         r, *_, of = pearson("mrr", "learned predictor", s)
         points = [get(d, "mrr") for d in of], [get(d, "learned predictor") for d in of]
-        right.plot(*points, "o", color=f"C{3 - s}", label=f"strength {s}: r {r:+.2f}")
+        right.plot(*points, "o", color=("C4", "C1")[s - 1], label=f"strength {s}: r {r:+.2f}")
 
     curves, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     deep = [d for d in runs("grid") if d["settings"]["pred_depth"] == 6]
