@@ -92,7 +92,8 @@ SMALL = dict(
 PRESETS = {
     "shapes": Recipe(**SMALL),  # a GPU: a minute; MRR 0.88
     "cifar": Recipe(data="cifar10", steps=8000, **SMALL),  # a GPU: 3 minutes; MRR 0.81
-    "imagenet100": Recipe(  # timed on a GPU, not yet trained to its end
+    # the paper's masks and its loss belong together; timed on a GPU, not yet trained to its end
+    "imagenet100": Recipe(
         data="", image_size=160, width=384, depth=12, heads=6, pred_width=192, pred_depth=12,
         steps=100_000, batch_size=256, ema=0.996,
     ),
