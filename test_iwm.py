@@ -823,6 +823,9 @@ def test_k_imagined_is_the_mean_over_k_actions(patch):
     assert len(cat(actions[:5]).unique(dim=0)) == 80, "each has its own"
     assert not found[:, 4:].any() and found.abs().max() < 1, "actions of the bank"
     close(found, sum(actions[:5]) / 5, "the mean")
+    actions.clear()
+    finetune.closed_form_row("linear, predictor", *row[1:])
+    assert not cat(actions).any(), "the predictor's own row has the null action"
 
 
 class TestNetwork:
@@ -1044,11 +1047,26 @@ def test_folders_keep_their_images_and_labels(load):
         assert load() == (sizes, right | ({"val 1 1"} if sizes[0] == 22 else set()))
 
 
+def test_another_folder_image_or_size_is_decoded_anew(load):
+    before = load()[1]
+    os.mkdir("other")
+    os.chdir("other")
+    os.symlink("../cache", "cache")
+    for folder in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        fill(f"d/{folder}", 12, "blue")
+    assert load()[1] != before, "a folder of the same name elsewhere"
+    Image.new("RGB", (20, 16), "red").save("d/train/cat/0.bmp")
+    assert load()[1] & {"train 0 0", "val 0 0"}, "an image has changed"
+    larger = train.load_data(replace(RECIPE, data="d", image_size=32), CPU, Path("cache"))
+    assert larger["train"][0].shape[-1] == 32
+
+
 def test_bad_files_are_counted_at_every_start(load, capsys):
+    before = load()[1]
     Path("d/train/cat/a.jpg").write_bytes(b"damaged")
     os.symlink("nowhere", "d/train/cat/b.jpg")
     for _ in range(2):
-        load()
+        assert load()[1] == before, "images and labels of the others"
         assert "2 of 26 files" in capsys.readouterr().err
 
 

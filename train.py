@@ -204,11 +204,11 @@ def read_folder(folder: Path, size: int, cache: Path) -> tuple[Tensor, list[str]
     Decoded once into a memory-mapped .npy in `cache`, with a row of pixels and label for each file.
     Damaged files are left out and counted.
     """
-    loader = functools.partial(read_image, size=size)
+    folder, loader = folder.resolve(), functools.partial(read_image, size=size)
     listed = torchvision.datasets.ImageFolder(folder, loader=loader, allow_empty=True)
     random.Random(0).shuffle(listed.samples)  # so that any part of them has all classes
     files = [(file, os.lstat(file).st_size, os.lstat(file).st_mtime) for file, _ in listed.samples]
-    key = json.dumps([str(folder.resolve()), size, files]).encode()
+    key = json.dumps([size, files]).encode()
     decoded = cache / f"{hashlib.sha256(key).hexdigest()[:16]}.npy"
 
     def decode(aside):
