@@ -215,13 +215,14 @@ def make_optimizer(network: Network, lr: float, steps: int):
 
     No weight decay on biases, norms and tokens, as in pretraining.
     """
-    groups = []
+    groups = {}
     for name, p in network.named_parameters():
         if p.requires_grad:
             learned = network.start.get(name.split(".")[0]) == "learned"
             decay = 0.05 if p.ndim == 2 and not name.endswith("bias") else 0.0
             rate = lr * LEARNED if learned else lr
-            groups.append(dict(params=[p], lr=rate, weight_decay=decay))
+            groups.setdefault((rate, decay), []).append(p)
+    groups = [dict(params=p, lr=rate, weight_decay=decay) for (rate, decay), p in groups.items()]
     optimizer = torch.optim.AdamW(groups, fused=True)
 
     def share(i):
@@ -289,8 +290,9 @@ def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int) -> 
         z = model.teacher(images)
         actions = [null_action(z)]
         if whose != "predictor":
-            K, draw = int(whose.split()[0]), (len(z), config, generator, device, True)
-            actions = [iwm.bank_actions(iwm.jitter_params(*draw), config) for _ in range(K)]
+            K, draw = int(whose.split()[0]), dict(generator=generator, device=device, always=True)
+            params = (iwm.jitter_params(len(z), config, **draw) for _ in range(K))
+            actions = [iwm.bank_actions(p, config) for p in params]
         return sum(model.predictor.everywhere(z, a).float() for a in actions) / len(actions)
 
     networks = {"random init": random.encoder, "encoder": model.encoder, "teacher": model.teacher}

@@ -31,8 +31,8 @@ Symbols of shapes:  B images,  S x S pixels,  N patches of an image,  K context 
 to imagine (the masked: K + M = N, or all: M = N),  D encoder width,  W predictor width,  A = 7
 numbers of an action,  V variants in a bank.
 
-"deviation:" tags what departs from the paper or fills a gap in it; assets/RESULTS.md
-lists them all with their reasons.
+"deviation:" tags what departs from the paper or fills a gap in it; assets/RESULTS.md lists them all
+with their reasons.
 """
 
 import copy
@@ -85,7 +85,7 @@ class Config:
     depth: int = setting(12, "blocks of the encoder", 1)
     heads: int = setting(12, "attention heads, of the encoder and of the predictor", 1)
     # predictor p, the world model
-    conditioning: str = setting("feature", "how it is told the action: none | sequence | feature")
+    conditioning: str = setting("feature", "how the action is told: none | sequence | feature")
     pred_width: int = setting(384, "width W of the predictor", 1)
     pred_depth: int = setting(18, "blocks of the predictor", 1)
     target_norm: bool = setting(True, "layer-norm the teacher's latents before the loss")

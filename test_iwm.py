@@ -972,6 +972,7 @@ def test_nothing_is_overwritten_and_half_a_file_is_refused(call):
     call()
     whole = Path("run/last.pt").read_bytes()
     assert "--resume" in call() and "lr was" in call("--resume --lr=.1")
+    assert "warmup was" in call("--resume --preset=paper"), "another preset"
     assert Path("run/last.pt").read_bytes() == whole, "the run has changed"
     for n in (0, 99, len(whole) // 2, len(whole) - 1):
         Path("run/last.pt").write_bytes(whole[:n])
@@ -1142,6 +1143,13 @@ def test_two_processes_have_one_gradient_and_one_writes(call, patch):
     found = torch.load("run/last.pt")["optimizer"]["state"].values()
     for one, other, both in zip(*moments, found, strict=True):
         close(both["exp_avg"], (one + other) / 2, "a tenth of the gradient", 1e-6, 1e-3)
+
+
+def test_measuring_and_finetuning_refuse_torchrun(call, patch):
+    call()
+    patch(train, LAUNCHED=True)
+    for script, flags in ((train, "--measure=run/last.pt"), (finetune, "")):
+        assert "torchrun" in call(flags, script)
 
 
 def test_a_rank_needs_torchrun(monkeypatch):

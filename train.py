@@ -549,6 +549,8 @@ def choose_recipe(args, given: dict) -> tuple[Recipe, Path]:
         sys.exit(f"{out} holds a run already: add --resume to go on, or choose another --out")
     if stored.exists():
         recipe = Recipe(**json.loads(stored.read_text()))
+        if args.preset:
+            given = asdict(PRESETS[preset]) | {"data": recipe.data} | given
         where = given.pop("data", recipe.data)  # data may move: it is no setting of the experiment
         differs = [f"{n} was {getattr(recipe, n)}, now {v}" for n, v in given.items()
                    if v != getattr(recipe, n)]  # fmt: skip
@@ -558,8 +560,10 @@ def choose_recipe(args, given: dict) -> tuple[Recipe, Path]:
     return change(recipe, given), out
 
 
-def set_up(name: str | None) -> torch.device:
-    """The device; the processes that share a batch; a heap that keeps what is freed."""
+def set_up(name: str | None, shared: bool = False) -> torch.device:
+    """The device; the processes, if they may share a batch; a heap that keeps what is freed."""
+    if LAUNCHED and not shared:
+        sys.exit("this runs on one device: start it without torchrun")
     torch.set_float32_matmul_precision("high")
     with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: a tenth of a CPU's step
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -732,7 +736,7 @@ def main():
     args, given = parse()
     if args.table:
         return print(table(args.table))
-    device = set_up(args.device)
+    device = set_up(args.device, shared=not args.measure)
     if args.measure:
         return measure_checkpoint(args, given, device)
 
