@@ -14,7 +14,6 @@ at the end), last.pt, views.png, retrieval.png (its top: strip.png), plan.png an
 """
 
 import argparse
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -198,42 +197,35 @@ def read_image(file: str, size: int) -> np.ndarray | None:
         return None
 
 
-def read_folder(folder: Path, size: int, cache: Path) -> tuple[Tensor, list[str]]:
-    """folder/CLASS/**/* -> images [n, 3, size, size] uint8 and their classes, in a fixed order.
+def read_folder(folder: Path, size: int, cache: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """folder/CLASS/**/* -> images [n, 3, size, size] uint8, labels [n] int64, names of classes.
 
-    Decoded once into a memory-mapped .npy in `cache`, with a row of pixels and label for each file.
-    Damaged files are left out and counted.
+    The order is fixed. Decoded once into a memory-mapped .npy in `cache`.
     """
-    folder, loader = folder.resolve(), functools.partial(read_image, size=size)
-    listed = torchvision.datasets.ImageFolder(folder, loader=loader, allow_empty=True)
+    listed = torchvision.datasets.ImageFolder(folder.resolve())
     random.Random(0).shuffle(listed.samples)  # so that any part of them has all classes
-    files = [(file, os.lstat(file).st_size, os.lstat(file).st_mtime) for file, _ in listed.samples]
-    key = json.dumps([size, files]).encode()
-    decoded = cache / f"{hashlib.sha256(key).hexdigest()[:16]}.npy"
+    files, labels = zip(*listed.samples)
+    key = json.dumps([[(f, os.stat(f).st_size, os.stat(f).st_mtime) for f in files], size])
+    decoded = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
 
     def decode(aside):
-        row = np.dtype([("pixels", np.uint8, (3, size, size)), ("label", np.int64)])
-        rows, n = np.lib.format.open_memmap(aside, "w+", row, (len(listed),)), 0
-        rows["label"] = -1  # of the last rows, one for each damaged file
-        workers = dict(batch_size=64, num_workers=os.cpu_count(), collate_fn=list)
-        read = (item for batch in torch.utils.data.DataLoader(listed, **workers) for item in batch)
-        bar = tqdm(read, f"decoding {folder}, once", total=len(listed), leave=False, **QUIET)
-        for (pixels, label), (file, _) in zip(bar, listed.samples):
-            if pixels is None:
-                tqdm.write(f"damaged: {file}", file=sys.stderr)
-            else:
-                rows[n], n = (pixels, label), n + 1
+        pixels = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(files), 3, size, size))
+        damaged = []
+        with ThreadPoolExecutor() as threads:
+            read = threads.map(functools.partial(read_image, size=size), files)
+            read = tqdm(read, f"decoding {folder}, once", len(files), leave=False, **QUIET)
+            for i, image in enumerate(read):
+                if image is None:
+                    damaged.append(files[i])
+                else:
+                    pixels[i] = image
+        if damaged:
+            sys.exit(f"{len(damaged)} images are damaged: remove {', '.join(damaged)}")
 
     if not decoded.exists():
         write_whole(decoded, decode)
-    rows = np.load(decoded, mmap_mode="c")
-    good = rows[: (rows["label"] >= 0).sum()]
-    if len(good) < len(rows):
-        left_out = f"{len(rows) - len(good)} of {len(rows)} files"
-        print(f"{folder}: {left_out} are damaged or lead nowhere: left out", file=sys.stderr)
-    if not len(good):
-        sys.exit(f"{folder} has no images that can be read: put them at {folder}/CLASS/NAME.jpg")
-    return torch.from_numpy(good["pixels"]), [listed.classes[label] for label in good["label"]]
+    pixels = np.load(decoded, mmap_mode="c")
+    return torch.from_numpy(pixels), torch.tensor(labels), listed.classes
 
 
 def read_folders(root: Path, size: int, cache: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -244,13 +236,13 @@ def read_folders(root: Path, size: int, cache: Path) -> dict[str, tuple[Tensor, 
     if not {"train", "test"} <= set(folders):
         sys.exit(f"data '{root}' is neither shapes, cifar10, cifar100 nor a folder that holds "
                  "train/CLASS/ and test/CLASS/ (or val/CLASS/)")  # fmt: skip
-    data = {split: read_folder(folder, size, cache) for split, folder in folders.items()}
-    classes = sorted(set(data["train"][1]))  # only those that have images
-    for split, (images, names) in data.items():
-        unknown = ", ".join(sorted(set(names) - set(classes)))
-        if unknown:
-            sys.exit(f"{folders[split]} has the classes {unknown}, but {folders['train']} has not")
-        data[split] = images, torch.tensor([classes.index(name) for name in names])
+    data, known = {}, []
+    for split, folder in folders.items():
+        *data[split], classes = read_folder(folder, size, cache)
+        known = known or classes
+        if classes != known:
+            differ = ", ".join(sorted({*classes} ^ {*known}))
+            sys.exit(f"{folders['train']} and {folder} differ in the classes {differ}")
     return data
 
 
@@ -305,14 +297,12 @@ def batches(images: Tensor, recipe: Recipe, start: int, device):
     """
     B, per_epoch = recipe.batch_size, len(images) // recipe.batch_size
 
-    @functools.lru_cache(maxsize=1)
-    def order(epoch):
-        generator = torch.Generator().manual_seed(recipe.seed * 10**8 + epoch)
-        return torch.randperm(len(images), generator=generator).to(images.device)
-
     def gather(step):
         epoch, i = divmod(step, per_epoch)
-        return images[order(epoch)[i * B :][:B][RANK::WORLD]].to(device)
+        generator = torch.Generator().manual_seed(recipe.seed * 10**8 + epoch)
+        order = torch.randperm(len(images), generator=generator)
+        mine = order[i * B :][:B][RANK::WORLD]
+        return images[mine.to(images.device)].to(device)
 
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(gather, start)
@@ -545,19 +535,17 @@ def choose_recipe(args, given: dict) -> tuple[Recipe, Path]:
     changed = [f"{n}={Path(str(v)).name}" for n, v in given.items() if v != getattr(recipe, n)]
     out = args.out or Path("runs") / ",".join([preset, *changed])[:200]
     stored = out / "config.json"
-    if stored.exists() and not args.resume:
+    if not stored.exists():
+        return change(recipe, given), out
+    if not args.resume:
         sys.exit(f"{out} holds a run already: add --resume to go on, or choose another --out")
-    if stored.exists():
-        recipe = Recipe(**json.loads(stored.read_text()))
-        if args.preset:
-            given = asdict(PRESETS[preset]) | {"data": recipe.data} | given
-        where = given.pop("data", recipe.data)  # data may move: it is no setting of the experiment
-        differs = [f"{n} was {getattr(recipe, n)}, now {v}" for n, v in given.items()
-                   if v != getattr(recipe, n)]  # fmt: skip
-        if differs:
-            sys.exit(f"{out} cannot go on with other settings: {'; '.join(differs)}")
-        given = {"data": where}
-    return change(recipe, given), out
+    recipe = Recipe(**json.loads(stored.read_text()))
+    wanted = (asdict(PRESETS[preset]) if args.preset else {}) | given
+    differs = [f"{n} was {getattr(recipe, n)}, now {v}" for n, v in wanted.items()
+               if n != "data" and v != getattr(recipe, n)]  # fmt: skip
+    if differs:
+        sys.exit(f"{out} cannot go on with other settings: {'; '.join(differs)}")
+    return replace(recipe, data=given.get("data", recipe.data)), out  # data may have moved
 
 
 def set_up(name: str | None, shared: bool = False) -> torch.device:
@@ -565,19 +553,17 @@ def set_up(name: str | None, shared: bool = False) -> torch.device:
     if LAUNCHED and not shared:
         sys.exit("this runs on one device: start it without torchrun")
     torch.set_float32_matmul_precision("high")
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: a tenth of a CPU's step
+    if sys.platform == "linux":  # glibc: a tenth of a CPU's step
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    there = [device for device, is_there in there.items() if is_there] + ["cpu"]
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
     name = name or there[0]
     if name.split(":")[0] not in there:
         sys.exit(f"device {name} is not here: choose {' or '.join(there)}")
     if LAUNCHED:
         if name == "cuda":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                sys.exit(f"{name} is not here: --nproc_per_node is at most the number of GPUs")
             torch.cuda.set_device(name)
         dist.init_process_group("nccl" if "cuda" in name else "gloo", timeout=timedelta(days=1))
         if RANK > 0:
@@ -585,19 +571,25 @@ def set_up(name: str | None, shared: bool = False) -> torch.device:
     return torch.device(name)
 
 
-def load_checkpoint(path: Path | str, device) -> IWM:
-    """A checkpoint of train.py -> IWM, frozen. Read with weights_only: nothing in it is run."""
+def read_checkpoint(path: Path | str, device) -> dict:
+    """What `save` wrote. Read with weights_only: nothing in it is run."""
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
         sys.exit(f"{path} does not exist: name a run's folder or its last.pt")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        model = IWM(Recipe(**state["config"])).to(device)
-        model.load_state_dict(state["model"])
-        return model.requires_grad_(False)
+        return state | {"config": Recipe(**state["config"])}
     except Exception as error:  # foreign bytes can raise anything
         sys.exit(f"{path} is no checkpoint of train.py ({type(error).__name__})")
+
+
+def load_checkpoint(path: Path | str, device) -> IWM:
+    """A checkpoint of train.py -> IWM, frozen."""
+    state = read_checkpoint(path, device)
+    model = IWM(state["config"]).to(device)
+    model.load_state_dict(state["model"])
+    return model.requires_grad_(False)
 
 
 def mean_std(values: list[float], digits: int = 1) -> str:
@@ -756,13 +748,10 @@ def main():
     optimizer = make_optimizer(model, recipe)
     log = {"step": 0, "seconds": 0.0, "losses": [], "metrics": []}
     if args.resume and (out / "last.pt").exists():
-        try:
-            state = torch.load(out / "last.pt", map_location=device, weights_only=True)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            log = {name: state[name] for name in log}
-        except Exception as error:  # foreign bytes can raise anything
-            sys.exit(f"{out / 'last.pt'} cannot be gone on with ({type(error).__name__})")
+        state = read_checkpoint(out, device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        log = {name: state[name] for name in log}
     if recipe.compile:
         for part in (model.encoder, model.teacher, model.predictor):  # CUDA graphs on a GPU
             part.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
