@@ -1,4 +1,4 @@
-"""python assets/figures.py: the figures, and the tables between markers in README, RESULTS."""
+"""python assets/figures.py: claims.png, and the tables between markers in README, RESULTS."""
 
 import json
 import re
@@ -16,13 +16,11 @@ GAIN = "learned predictor - random predictor"
 NAMES = {"mrr": "MRR", "mrr_pooled": "pooled MRR", "hit1": "H@1", "knn": "kNN", GAIN: "gain"}
 TUNED = f"random predictor|learned predictor|{GAIN}|encoder|end-to-end"
 SHARED = [f"{x} predictor, {y}" for x in ("random", "learned") for y in ("shared", "one each")]
-AVERAGED = "teacher", "predictor", "1 imagined", "8 imagined", "32 imagined"
 BY_RUN = {  # table: studies, columns, tasks of the finetuning rows
     "grid": ("grid preset long", "mrr|mrr_pooled|hit1|plan_left|knn|linear", "classify"),
     "short": ("short", "mrr|hit1|knn|linear", "classify"),
     "dial": ("dial", f"mrr|hit1|knn|linear|attentive|{TUNED.split('|enc')[0]}", "classify"),
     "finetuning": ("grid preset long", f"attentive|{TUNED}", "classify"),
-    "averaging": ("grid long", "|".join(f"linear, {of}" for of in AVERAGED), "classify"),
     "shapes": ("preset earlier", f"attentive|{TUNED.split('|enc')[0]}", "shape"),
     "segment": ("preset earlier", f"linear per patch|{TUNED}", "segment"),
     "tasks": ("preset earlier", "|".join(["attentive", *SHARED]), "shape colour texture"),
@@ -76,9 +74,9 @@ def pearson(x, y, strength=None):
 
 
 def spectrum():
-    yield "", *(f"{x}{of}" for x in ("MRR", "H@1") for of in ("", ", strength 1", ", strength 2"))
+    yield "", "all", "strength 1", "strength 2"
     for y in ("linear", "knn", "attentive", "learned predictor", GAIN):
-        found = [pearson(x, y, s) for x in ("mrr", "hit1") for s in (None, 1, 2)]
+        found = [pearson("mrr", y, s) for s in (None, 1, 2)]
         yield NAMES.get(y, y), *(f"{r:+.2f} [{a:+.2f},{b:+.2f}] {len(n)}" for r, a, b, n in found)
 
 
@@ -101,9 +99,8 @@ def compared(study):
         yield c["claim"], c["paper"], f"{c['what']} {mean:+.{d}f}{reach}, {n} {unit}", verdict
 
 
-def dots(axis, colour, label, found, x=None):
+def dots(axis, colour, label, x, found):
     """A dot for each seed, a line through the means."""
-    x = x or range(len(found))
     axis.plot(x, [st.mean(scores) for scores in found], colour, label=label)
     for at, scores in zip(x, found):
         axis.plot([at] * len(scores), scores, "o", color=colour, alpha=0.5)
@@ -112,42 +109,30 @@ def dots(axis, colour, label, found, x=None):
 
 def draw():
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    changes = "I-JEPA", "jitter", "+ destructive", "+ strong"
     for tail, colour in (("", "C0"), ("-shallow", "C3")):
         cells = f"ijepa{tail}", f"x1-jitter{tail}", f"x1{tail}", tail[1:] or "feature"
-        dots(left, colour, f"{2 if tail else 6} blocks", [values("grid", c, "mrr") for c in cells])
-    dots(left, "C2", "10 blocks", [values("grid", "x1-ten", "mrr")], x=(2,))
+        found = [values("grid", c, "mrr") for c in cells]
+        dots(left, colour, f"{2 if tail else 6} blocks", changes, found)
+    dots(left, "C2", "10 blocks", changes[2:3], [values("grid", "x1-ten", "mrr")])
     left.axhline(0.0239, color="gray", linestyle=":", label="chance")
-    changes = "no change\n(I-JEPA)", "jitter", "+ destructive", "+ strong\njitter"
-    left.set_xticks(range(4), changes)
     left.set(ylabel="MRR, each on its own bank", title="Difficulty and depth")
 
     for loss, colour in (("all", "C0"), ("masked", "C3")):
         found = [values("dial", f"{share}-{loss}", "mrr") for share in (3, 18, 44)]
-        dots(middle, colour, f"loss at {loss} patches".replace("masked", "hidden"), found)
-    middle.set_xticks(range(3), ("3 %", "19 %", "44 %"))
+        label = f"loss at {loss} patches".replace("masked", "hidden")
+        dots(middle, colour, label, ("3 %", "19 %", "44 %"), found)
     middle.set(xlabel="share of patches hidden", ylabel="MRR", title="Masks as a dial")
 
-    r, low, high, _ = pearson("mrr", "learned predictor")
-    title = f"MRR against finetuning: r {r:+.2f} [{low:+.2f}, {high:+.2f}]"
-    right.set(xlabel="MRR", ylabel="learned predictor, finetuned, %", title=title)
+    right.set(xlabel="MRR", ylabel="learned predictor, %", title="MRR against finetuning")
     for s in (1, 2):
         r, *_, of = pearson("mrr", "learned predictor", s)
         points = [get(d, "mrr") for d in of], [get(d, "learned predictor") for d in of]
         right.plot(*points, "o", color=("C4", "C1")[s - 1], label=f"strength {s}: r {r:+.2f}")
 
-    curves, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    deep = [d for d in runs("grid") if d["settings"]["pred_depth"] == 6]
-    for axis, found in zip(panels, (deep, runs("preset") + runs("long"))):
-        for i, label in enumerate(dict.fromkeys(d["label"] for d in found)):
-            for j, curve in enumerate(d["curve"] for d in found if d["label"] == label):
-                axis.plot(curve["step"], curve["mrr"], f"C{i}.-", lw=1, label="_" * j + label)
-        axis.set(xlabel="step", ylabel="MRR on held-out images", ylim=(0, 1))
-    panels[0].set_title("The grid, predictors of 6 blocks")
-    panels[1].set_title("Presets, and a longer run")
-    for axis in (left, middle, right, *panels):
+    for axis in (left, middle, right):
         axis.legend(frameon=False, fontsize=9)
     figure.savefig(HERE / "claims.png", dpi=110)
-    curves.savefig(HERE / "curves.png", dpi=110)
 
 
 draw()
