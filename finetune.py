@@ -231,14 +231,12 @@ def make_optimizer(network: Network, lr: float, steps: int):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def fit(
-    network: Network, tasks: dict[str, Task], batch: int, lr: float, seed: int, args, title: str
-):
-    """Train everything that is not frozen, `batch` images of each task a step; losses add up.
+def fit(network: Network, tasks: dict[str, Task], lr: float, seed: int, args, title: str):
+    """Train everything that is not frozen; a step has a batch of each task, their losses add up.
 
     deviation: a few hundred steps without augmentation; the paper trains for 100 epochs.
     """
-    device = next(network.parameters()).device
+    device, batch = next(network.parameters()).device, args.batch_size // len(args.tasks)
     optimizer, scheduler = make_optimizer(network, lr, args.steps)
     generator = torch.Generator().manual_seed(seed)
     orders = dict.fromkeys(tasks, torch.empty(0, dtype=torch.long))
@@ -265,9 +263,7 @@ def fit(
 def trained_row(row: str, model: IWM, tasks: dict[str, Task], seed: int, args) -> dict:
     """Train one row with one seed -> its scores on the held-out and the test images."""
     network, lr = Network(row, model, tasks, seed), args.lr or ROWS[row][2]
-    least = min(len(task.data["train"][1]) for task in tasks.values())
-    batch = min(args.batch_size, least)
-    fit(network, tasks, batch, lr, seed, args, f"{row}, seed {seed}")
+    fit(network, tasks, lr, seed, args, f"{row}, seed {seed}")
     scores = {split: {name: score(network, name, task, split) for name, task in tasks.items()}
               for split in ("val", "test")}  # fmt: skip
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -374,7 +370,6 @@ def main():
     shown = ("protocol", "labels", "steps", "batch_size")
     settings = {name: getattr(args, name) for name in shown}
     settings |= {"tasks": list(tasks), "data": recipe.data, "checkpoint": str(args.checkpoint)}
-    args.batch_size //= len(tasks)  # the tasks share a batch
 
     records = []
     for row in PROTOCOLS[args.protocol]:
