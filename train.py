@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -211,8 +212,8 @@ def read_folder(folder: Path, size: int, cache: Path) -> tuple[Tensor, Tensor, l
     def decode(aside):
         pixels = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(files), 3, size, size))
         damaged = []
-        with ThreadPoolExecutor() as threads:
-            read = threads.map(functools.partial(read_image, size=size), files)
+        with ThreadPool() as threads:
+            read = threads.imap(functools.partial(read_image, size=size), files)
             read = tqdm(read, f"decoding {folder}, once", len(files), leave=False, **QUIET)
             for i, image in enumerate(read):
                 if image is None:
