@@ -106,17 +106,14 @@ PRESETS = {
 # ---- Data: train is trained on, val (held-out training images) serves every choice, test is read
 # ---- once at the end. Each is uint8 images [n, 3, S, S] and int64 labels [n] ---------------------
 
-SHAPES = ("disc", "square", "triangle", "star", "ring", "cross", "crescent", "heart")
-TEXTURES = ("plain", "stripes", "checks", "noise")
-COLOURS = 8  # bins of the object's hue
 SHAPES_IMAGES = {"train": 20_000, "val": 2_000, "test": 2_000}  # a split's position is its seed
 
 
 def shapes(n: int, seed: int, size: int = 32) -> dict[str, Tensor]:
     """Objects on textured, lit backgrounds: coloured, turned, shifted and scaled at random.
 
-    Returns images [n, 3, size, size] uint8 and the factors they were made from: shape, colour (bin
-    of the object's hue), texture, background, each [n] int64, and the mask [n, size, size] bool.
+    Returns images [n, 3, size, size] uint8 and what they were made from, each [n] int64: shape (8),
+    colour (8 bins of hue), texture and background (4); and the object's mask [n, size, size] bool.
     """
     chunks = [_shapes(min(1000, n - i), seed * 1_000_003 + i, size) for i in range(0, n, 1000)]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -141,7 +138,7 @@ def _shapes(n: int, seed: int, size: int) -> dict[str, Tensor]:
         across = torch.sin(pitch * (y * turn.cos() - x * turn.sin()))
         noise = torch.randn(n, 1, 6, 6, generator=generator)
         noise = F.interpolate(noise, (size, size), mode="bilinear")[:, 0]
-        options = [0 * wave, 3 * wave, 4 * wave * across, noise]
+        options = [0 * wave, 3 * wave, 4 * wave * across, noise]  # plain, stripes, checks, noise
         return choose(kinds, [option.clamp(-1, 1) for option in options])
 
     def ramp():  # -1..1 across the image in a random direction
@@ -150,8 +147,8 @@ def _shapes(n: int, seed: int, size: int) -> dict[str, Tensor]:
 
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    shape = torch.randint(len(SHAPES), (n,), generator=generator)
-    texture, background = torch.randint(len(TEXTURES), (2, n), generator=generator)
+    shape = torch.randint(8, (n,), generator=generator)
+    texture, background = torch.randint(4, (2, n), generator=generator)
 
     # the object in its own coordinates (u, v); each function is positive inside
     radius, turn = uniform(0.55, 0.8), uniform(-0.3, 0.3)
@@ -170,7 +167,7 @@ def _shapes(n: int, seed: int, size: int) -> dict[str, Tensor]:
         "crescent": torch.minimum(0.95 - r, ((u - 0.45) ** 2 + v * v).sqrt() - 0.68),
         "heart": 0.56 * (1 - (1.05 * u) ** 2 - (1.2 * (0.1 - v) - 0.75 * u.abs().sqrt()) ** 2),
     }
-    edge = choose(shape, [inside[name] for name in SHAPES]) * radius * size / 2
+    edge = choose(shape, list(inside.values())) * radius * size / 2
     mask = (edge + 0.5).clamp(0, 1)  # soft edges
 
     hue = uniform(0, 1)
@@ -184,7 +181,7 @@ def _shapes(n: int, seed: int, size: int) -> dict[str, Tensor]:
     images = (images + 0.01 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
     return {
         "images": (255 * images).round().byte(), "mask": mask > 0.5, "shape": shape,
-        "colour": (hue.flatten() * COLOURS).long(), "texture": texture, "background": background,
+        "colour": (8 * hue.flatten()).long(), "texture": texture, "background": background,
     }  # fmt: skip
 
 
@@ -321,17 +318,16 @@ def to_float(images: Tensor, device=None) -> Tensor:
 # ---- Measures and pictures -----------------------------------------------------------------------
 
 
-def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """bfloat16 if the device has instructions for it: emulated, a step takes far longer."""
+def bf16(recipe: Recipe, device: torch.device) -> bool:
+    """Wanted, and the device has instructions for it: emulated, a step takes far longer."""
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":  # a torch that cannot tell: float32
         native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if recipe.bf16 and native else torch.float32
+    return recipe.bf16 and native
 
 
 def autocast(recipe: Recipe, device: torch.device):
-    enabled = precision(recipe, device) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16(recipe, device))
 
 
 @torch.no_grad()
@@ -343,8 +339,8 @@ def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: i
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
 
-    def pooled(split):
-        images, labels = (part[:probe_images] for part in data[split])
+    def pooled(part_of):
+        images, labels = (part[:probe_images] for part in data[part_of])
         parts = [model.teacher(to_float(part, device)).float() for part in images.split(250)]
         return torch.cat([part.mean(dim=1) for part in parts]), labels.to(device)
 
@@ -354,9 +350,10 @@ def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: i
         result = iwm.measure_mrr(model, clean, generator) | iwm.measure_components(model, clean)
         result |= iwm.measure_planning(model, clean, generator)
         result["target_std"] = model.targets(images).std(dim=(0, 1)).mean().item()
-        probe = *pooled("train"), *pooled(split)
-    result["rankme"] = iwm.rankme(probe[2])
-    return result | {"knn": iwm.knn_accuracy(*probe), "linear": iwm.linear_accuracy(*probe)}
+        known, asked = pooled("train"), pooled(split)
+    result["rankme"] = iwm.rankme(asked[0])
+    result["knn"] = iwm.knn_accuracy(*known, *asked)
+    return result | {"linear": iwm.linear_accuracy(*known, *asked)}
 
 
 @torch.no_grad()
@@ -388,25 +385,22 @@ def in_words(changes: Tensor, flags=()) -> str:
     return "\n".join(words) or "no change"
 
 
-def sheet(rows: list[list], path: Path, tile: int = 96):
-    """Draw rows of cells: an image [3, S, S] in 0..1, (image, whether to frame it), or text."""
-    heights = [30 if all(isinstance(cell, str) for cell in row) else tile for row in rows]
-    size = max(map(len, rows)) * (tile + 6) + 6, sum(heights) + 6 * len(rows) + 6
-    page = Image.new("RGB", size, "white")
-    draw, top = ImageDraw.Draw(page), 6
-    for row, height in zip(rows, heights):
-        for i, cell in enumerate(row):
-            left = 6 + i * (tile + 6)
+def sheet(rows: list, path: Path):
+    """Draw a row of headings, then rows of texts, images [3, S, S] in 0..1 and (image, framed)."""
+    page = Image.new("RGB", (102 * max(map(len, rows)) + 6, 102 * len(rows) - 60), "white")
+    draw = ImageDraw.Draw(page)
+    for i, row in enumerate(rows):
+        for j, cell in enumerate(row):
+            left, top = 102 * j + 6, max(102 * i - 60, 6)  # tiles of 96 pixels, headings of 30
             if isinstance(cell, str):
-                draw.multiline_text((left, top), cell, fill="black")
+                draw.text((left, top), cell, fill="black")
                 continue
             image, framed = cell if isinstance(cell, tuple) else (cell, False)
             picture = TF.to_pil_image(image.float().clamp(0, 1).cpu())
-            page.paste(picture.resize((tile, tile), Image.Resampling.NEAREST), (left, top))
+            page.paste(picture.resize((96, 96), Image.Resampling.NEAREST), (left, top))
             if framed:
-                box = (left - 2, top - 2, left + tile + 1, top + tile + 1)
+                box = (left - 2, top - 2, left + 97, top + 97)
                 draw.rectangle(box, outline="limegreen", width=3)
-        top += height + 6
     write_whole(path, lambda aside: page.save(aside, format="PNG"))
 
 
@@ -420,15 +414,16 @@ def draw_views(images: Tensor, recipe: Recipe, path: Path):
     visible = source * seen + 0.5 * (1 - seen)
     changes = (action[:, : len(JITTER)] * recipe.jitter_strengths.to(device)).cpu()
     words = [in_words(c, a[len(JITTER) :]) for c, a in zip(changes, action)]
-    head = [["image", "source x", "context of x", "target y", "action x -> y"]]
-    sheet(head + [list(row) for row in zip(images, source, visible, target, words)], path)
+    head = ["image", "source x", "context of x", "target y", "action x -> y"]
+    sheet([head, *zip(images, source, visible, target, words)], path)
 
 
 def draw_retrieval(model: IWM, images: Tensor, decode, path: Path):
     """image | action | what is imagined, decoded | nearest of the bank | truth; then sweeps."""
     config, generator = model.config, torch.Generator(images.device).manual_seed(1)
-    rows: list[list] = [["image", "action", "imagined,\ndecoded", "nearest\nin the bank", "truth"]]
+    rows = [["image", "action", "imagined,\ndecoded", "nearest\nin the bank", "truth"]]
     for image in images.split(1):
+        # the first is the action shown; the others are its rivals in the bank
         params = iwm.jitter_params(config.bank, config, generator, image.device, always=True)
         pictures, bank, imagined = iwm.variants(model, image, params)
         nearest = int((bank - imagined[:1]).flatten(1).norm(dim=1).argmin())
@@ -454,8 +449,8 @@ def draw_plan(model: IWM, images: Tensor, path: Path):
     found = model.plan(images, goals)
     reached = iwm.jitter(images, found)
     words = [[in_words(p - IDENTITY) for p in actions.cpu()] for actions in (found, params)]
-    head = [["image", "goal", "reached", "action found", "true action"]]
-    sheet(head + [list(row) for row in zip(images, goals, reached, *words)], path)
+    head = ["image", "goal", "reached", "action found", "true action"]
+    sheet([head, *zip(images, goals, reached, *words)], path)
 
 
 @torch.no_grad()
@@ -475,8 +470,8 @@ def draw_curves(metrics: list[dict], path: Path):
         import matplotlib.figure
     except ImportError:  # an optional extra
         return
-    panels = "loss", "target_std", "rankme", "mrr chance plan_left", "knn linear"
-    panels += (" ".join(f"error_{name}" for name in JITTER),)
+    errors = " ".join(f"error_{name}" for name in JITTER)
+    panels = "loss", "target_std", "rankme", "mrr chance plan_left", "knn linear", errors
     figure = matplotlib.figure.Figure(figsize=(12, 6), layout="constrained")
     for axis, panel in zip(figure.subplots(2, 3).flat, panels):
         for name in panel.split():
@@ -532,7 +527,8 @@ def change(recipe: Recipe, given: dict) -> Recipe:
 def choose_recipe(args, given: dict) -> tuple[Recipe, Path]:
     """The preset with the given settings, or the recipe of the run to go on with; its folder."""
     usual = {"shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
-    preset = args.preset or usual.get(given.get("data", "shapes"), "imagenet100")
+    data = given.get("data", "shapes")
+    preset = args.preset or usual.get(data, "imagenet100")  # any other data is a folder
     recipe = PRESETS[preset]
     changed = [f"{n}={Path(str(v)).name}" for n, v in given.items() if v != getattr(recipe, n)]
     out = args.out or Path("runs") / ",".join([preset, *changed])[:200]
@@ -622,7 +618,7 @@ def table(folders: list[Path]) -> str:
 
 def peak_memory(device) -> float | None:
     """Most memory held so far on a GPU, in GiB."""
-    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
 def report(model: IWM, data: dict, out: Path, seconds: float | None = None):
@@ -632,17 +628,17 @@ def report(model: IWM, data: dict, out: Path, seconds: float | None = None):
     print(f"measuring on test images ({mrr} for MRR and planning) ...")
     torch.manual_seed(recipe.seed)
     trained = measure(model, data, "test", mrr, probes)
-    random = measure(IWM(recipe).to(device), data, "test", math.ceil(mrr / 8), probes)
-    used = replace(recipe, bf16=precision(recipe, device) == torch.bfloat16)
-    result = {"trained": trained, "random": random, "config": asdict(used)}
+    untrained = measure(IWM(recipe).to(device), data, "test", math.ceil(mrr / 8), probes)
+    used = asdict(recipe) | {"bf16": bf16(recipe, device)}
+    result = {"trained": trained, "random": untrained, "config": used}
     result |= {"seconds": seconds, "memory_gib": peak_memory(device)}
     write_whole(out / "result.json", lambda aside: aside.write_text(json.dumps(result, indent=1)))
-    one = 1 / (int(data["train"][1].max()) + 1)
+    by_class = 1 / (int(data["train"][1].max()) + 1)
     chance = dict(mrr=iwm.chance(recipe.bank), hit1=1 / recipe.bank, plan_left=1)
-    chance |= dict(knn=one, linear=one)
+    chance |= dict(knn=by_class, linear=by_class)
     print(f"\n{'test images':12} {'this run':>9} {'random init':>12} {'chance':>8}")
     for name, by_chance in chance.items():
-        print(f"{name:12} {trained[name]:9.4f} {random[name]:12.4f} {by_chance:8.4f}")
+        print(f"{name:12} {trained[name]:9.4f} {untrained[name]:12.4f} {by_chance:8.4f}")
     print(f"\nsee {out}" if seconds is None else f"\n{seconds / 60:.1f} minutes; see {out}")
 
 
@@ -686,7 +682,8 @@ def make_optimizer(model: IWM, recipe: Recipe) -> torch.optim.AdamW:
 
 def train_step(model, optimizer, images: Tensor, step: int, recipe: Recipe, generator) -> Tensor:
     """One step on uint8 images [B, 3, S, S] -> its loss, left on the device."""
-    # everything random follows from (seed, step): a resumed run repeats what it would have been
+    # everything random follows from (seed, step): a resumed run repeats what it would have been;
+    # no two of (rank, seed, step) meet
     generator.manual_seed(recipe.seed * 10**8 + step + RANK * 10**17)
     with autocast(recipe, images.device):
         loss = model(to_float(images), generator)
@@ -742,7 +739,7 @@ def main():
         dist.barrier()  # rank 0 downloads or decodes first, the others find it done
     data = load_data(recipe, device, out.parent / "cache")
     if LAUNCHED and RANK == 0:
-        dist.barrier()
+        dist.barrier()  # now the others may
 
     # model
     torch.manual_seed(recipe.seed)
@@ -760,12 +757,13 @@ def main():
     step_model = nn.parallel.DistributedDataParallel(model) if LAUNCHED else model
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor)]
     print(f"{out}: encoder {sizes[0]:,} and predictor {sizes[1]:,} parameters, "
-          f"{len(data['train'][1])} images, {WORLD} x {device}, {precision(recipe, device)}, "
-          f"from step {log['step']}")  # fmt: skip
+          f"{len(data['train'][1])} images, {WORLD} x {device}, "
+          f"{'bfloat16' if bf16(recipe, device) else 'float32'}, from step {log['step']}")  # fmt: skip
     began, saved, running = time.monotonic() - log["seconds"], time.monotonic(), []
-    if RANK == 0 and not log["metrics"]:
+    if RANK == 0:
         text = json.dumps(asdict(recipe), indent=1)
         write_whole(out / "config.json", lambda aside: aside.write_text(text))
+    if RANK == 0 and not log["metrics"]:
         record(out, model, optimizer, log, data)
 
     # the loop: a step, and now and then a look at the loss, a save or a measurement
@@ -777,6 +775,7 @@ def main():
         running.append(loss)
         log["step"] += 1
         bar.update()
+        # due: this step completes another 1 / times of the run
         due = log["step"] * times // recipe.steps > (log["step"] - 1) * times // recipe.steps
         late = time.monotonic() - saved > 120
         if len(running) < 20 and not due and not late:
