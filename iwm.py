@@ -59,7 +59,7 @@ def setting(default, help, low=None, high=math.inf):
 
 @dataclass
 class Config:
-    """The method. Defaults: the paper's where it states them, else I-JEPA's; IWM(18, 384)."""
+    """IWM(18, 384): the paper's values where it states them, else mostly I-JEPA's."""
 
     # photometric actions: strengths as in torchvision's ColorJitter
     image_size: int = setting(224, "side of the square views in pixels, a multiple of patch", 1)
@@ -108,7 +108,7 @@ class Config:
         need(self.block_min <= self.block_max,
              f"block_min {self.block_min} is above block_max {self.block_max}")  # fmt: skip
         need(self.image_size % self.patch == 0 and self.grid >= 2,
-             f"patch {self.patch} must divide image_size {self.image_size} by 2 or more")  # fmt: skip
+             f"image_size {self.image_size} must be 2 or more patches of {self.patch}")  # fmt: skip
         for name in ("width", "pred_width"):
             w = getattr(self, name)
             need(w % 4 == 0 and w % self.heads == 0,
@@ -142,7 +142,7 @@ class Config:
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """Luma (ITU-R 601-2) of RGB images in 0..1. [B, 3, S, S] -> [B, 1, S, S]."""
+    """Luma, with torchvision's weights, of RGB images in 0..1. [B, 3, S, S] -> [B, 1, S, S]."""
     r, g, b = images.unbind(dim=1)
     return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
 
@@ -214,7 +214,7 @@ def solarize(images: Tensor) -> Tensor:
 def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
     """Random resized crop (area crop_min..1, width / height 3/4..4/3) and flip. [B, 3, S, S].
 
-    deviation: I-JEPA's scale, torchvision's aspect; a side longer than the image's is cut to it.
+    deviation: I-JEPA's scale, torchvision's aspect; then a side longer than the image's is cut.
     Cut from the image at its S x S pixels, not from the photograph.
     """
     B = len(images)
@@ -289,7 +289,8 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
 def block_unions(n: int, grid: int, config: Config, generator=None, device=None) -> Tensor:
     """n random unions of rectangles. -> [n, grid, grid] bool, True is masked.
 
-    deviation: sides are rounded to whole patches; on an 8 x 8 grid 4 to 6 % is 2 or 4 patches.
+    deviation: each rectangle has its own size, in whole patches (3 to 5 % of 8 x 8: 1, 2 or 4), and
+    may touch every border; I-JEPA's share a size and never reach the last row and column.
     """
     draws = torch.rand(4, n, config.blocks, device=device, generator=generator)
     u_area, u_aspect, u_top, u_left = draws
@@ -467,7 +468,7 @@ class Predictor(nn.Module):
         if self.conditioning != "sequence":
             return None
         tokens = action.unsqueeze(2) * self.action_weight + self.action_bias
-        # deviation: asked for all N, twice as many tokens compete with the action: it joins twice
+        # deviation: asked for all N, about 2N tokens compete with the action: it joins twice
         copies = 2 if asked.shape[1] == len(self.positions) else 1
         return tokens.repeat(1, copies, 1)
 
@@ -481,7 +482,7 @@ class Predictor(nn.Module):
 
 
 class IWM(nn.Module):
-    """The figure above. `loss` is a training step's forward; `imagine` and `plan` come after it."""
+    """The figure above. `loss` is for training; `imagine` and `plan` use what was learned."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -526,13 +527,14 @@ class IWM(nn.Module):
             slow.lerp_(fast, 1 - momentum)
 
     def imagine(self, images: Tensor, action: Tensor) -> Tensor:
-        """Imagine, at all positions, the targets of images after an action. -> [B, N, D].
+        """Imagine the targets of images that an action has changed, everywhere. -> [B, N, D].
 
         images: [B or 1, 3, S, S] in 0..1, unmasked (1: encoded once for all); action: [B, A].
         """
         z = self.encoder(images).expand(len(action), -1, -1)
         return self.predictor.everywhere(z, action)
 
+    @torch.no_grad()
     def plan(self, images: Tensor, goals: Tensor, steps: int = 60, lr: float = 0.1) -> Tensor:
         """Which jitter turns images into goals? Both [B, 3, S, S] in 0..1 -> parameters [B, 4].
 
@@ -540,9 +542,7 @@ class IWM(nn.Module):
         meet the goals' targets. `lr` is in units of the jitter's strengths. The parameters found
         stay in the jitter's range; units as in `jitter`.
         """
-        h = self.targets(goals)
-        with torch.no_grad():
-            z = self.encoder(images)
+        h, z = self.targets(goals), self.encoder(images)
         # the range of the parameters, as actions; their flags are 0
         low, high = bank_actions(self.config.jitter_range.to(z.device), self.config)
         action = torch.zeros(len(images), len(ACTION), device=z.device, requires_grad=True)
@@ -554,8 +554,8 @@ class IWM(nn.Module):
                 error = error + 0 * action.sum()  # `none` never reads the action
             action.grad = torch.autograd.grad(error, action)[0]
             optimizer.step()
-            action.data.clamp_(low, high)
-        change = action.detach()[:, : len(JITTER)] * self.config.jitter_strengths.to(z.device)
+            action.clamp_(low, high)
+        change = action[:, : len(JITTER)] * self.config.jitter_strengths.to(z.device)
         return IDENTITY.to(z.device) + change
 
 
@@ -615,7 +615,7 @@ def variants(model: IWM, image: Tensor, params: Tensor) -> tuple[Tensor, Tensor,
 
 
 def measure_mrr(model: IWM, images: Tensor, generator=None) -> dict[str, float]:
-    """MRR, H@1, H@5 and MRR of pooled latents, over clean images [B, 3, S, S] in 0..1; chance.
+    """mrr, hit1, hit5, mrr_pooled and chance, over clean images [B, 3, S, S] in 0..1.
 
     mrr, hit1, hit5 compare patch by patch, mrr_pooled the means over the patches.
     deviation: teacher's targets of the bank, student's latents of the image, all positions, L2;
@@ -635,7 +635,7 @@ def measure_mrr(model: IWM, images: Tensor, generator=None) -> dict[str, float]:
 
 
 def measure_components(model: IWM, images: Tensor) -> dict[str, float]:
-    """error_<component>: how well one component alone is modelled, over images as in `measure_mrr`.
+    """error_<component>: how badly a component alone is modelled, over images as in `measure_mrr`.
 
     The component sweeps its range; the error is how far the nearest variant to the imagined one is
     from the true one, as a share of the range. No knowledge: 0.27 (always the middle) and more.
@@ -652,7 +652,7 @@ def measure_components(model: IWM, images: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_planning(model: IWM, images: Tensor, generator=None) -> dict[str, float]:
-    """Goals are jittered images [B, 3, S, S]; `plan` has to find how they were jittered.
+    """Clean images [B, 3, S, S] are jittered into goals; `plan` has to find how.
 
     plan_left: pixel error after the found action over that of doing nothing, 0 perfect, 1 useless.
     plan_error_<component>: mean error of the parameter found, as a share of its range.

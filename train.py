@@ -758,7 +758,7 @@ def main():
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor)]
     print(f"{out}: encoder {sizes[0]:,} and predictor {sizes[1]:,} parameters, "
           f"{len(data['train'][1])} images, {WORLD} x {device}, "
-          f"{'bfloat16' if bf16(recipe, device) else 'float32'}, from step {log['step']}")  # fmt: skip
+          f"bfloat16 {bf16(recipe, device)}, from step {log['step']}")  # fmt: skip
     began, saved, running = time.monotonic() - log["seconds"], time.monotonic(), []
     if RANK == 0:
         text = json.dumps(asdict(recipe), indent=1)
