@@ -83,16 +83,19 @@ class Recipe(iwm.Config):
         return min(1.0, max(0.1, self.steps / 2000))
 
 
-# deviation: small models hide 2 of 64 patches, take the loss at all of them and see colour change
-# three times as much, to learn their action in minutes; the predictor is nearly the encoder's size
+# deviation: small models hide little, take the loss at all patches and see colour change three
+# times as much, to learn their action in minutes; the predictor is nearly the encoder's size
 SMALL = dict(
     image_size=32, patch=4, width=128, depth=4, heads=4, pred_width=96, pred_depth=6,
-    saturation=0.6, hue=0.3, blocks=1, block_min=0.03, block_max=0.05, context=0.97,
-    predict_all=True,
+    saturation=0.6, hue=0.3, blocks=1, predict_all=True,
 )  # fmt: skip
 PRESETS = {
-    "shapes": Recipe(**SMALL),
-    "cifar": Recipe(data="cifar10", steps=10_000, **SMALL),
+    # two CPU cores: ten minutes, MRR 0.86; hides 2 of 64 patches
+    "shapes": Recipe(**SMALL, block_min=0.03, block_max=0.05, context=0.97),
+    # a GPU: five minutes, MRR 0.87; hides 6 of 64 patches, which serves finetuning
+    "cifar": Recipe(
+        **SMALL, block_min=0.09, block_max=0.11, context=0.91, data="cifar10", steps=14_000
+    ),
     # the paper's masks and its loss belong together; timed on a GPU, not yet trained to its end
     "imagenet100": Recipe(
         data="", image_size=160, width=384, depth=12, heads=6, pred_width=192, pred_depth=12,
