@@ -1155,7 +1155,7 @@ def test_a_rank_needs_torchrun(monkeypatch):
     assert runpy.run_path(train.__file__)["RANK"] == 0
 
 
-@each("native, wanted", product([True, False], repeat=2))
+@each("native, wanted", [*product([True, False], repeat=2)])
 def test_bfloat16_only_where_the_cpu_has_it(native, wanted, patch):
     patch(torch.cpu, _is_avx512_bf16_supported=lambda: native)
     with train.autocast(replace(RECIPE, bf16=wanted), CPU):
