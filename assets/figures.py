@@ -19,7 +19,7 @@ SHARED = [f"{x} predictor, {y}" for x in ("random", "learned") for y in ("shared
 BY_RUN = {  # table: studies, columns, tasks of the finetuning rows
     "grid": ("grid preset long", "mrr|mrr_pooled|hit1|plan_left|knn|linear", "classify"),
     "short": ("short", "mrr|hit1|knn|linear", "classify"),
-    "dial": ("dial", f"mrr|hit1|knn|linear|attentive|{TUNED.split('|enc')[0]}", "classify"),
+    "dial": ("dial pixels", f"mrr|hit1|knn|linear|attentive|{TUNED.split('|enc')[0]}", "classify"),
     "finetuning": ("grid preset long", f"attentive|{TUNED}", "classify"),
     "shapes": ("preset earlier", f"attentive|{TUNED.split('|enc')[0]}", "shape"),
     "segment": ("preset earlier", f"linear per patch|{TUNED}", "segment"),
