@@ -25,7 +25,7 @@ One step of training, as IWM.loss has it:
     context, masked = sample_masks()          what the encoder sees of x, and what is to be imagined
     z = encoder(x, context)                   z = f(x)
     z_hat = predictor(z, context, masked, a)  z_hat = p(z, a, m)
-    loss = || z_hat - teacher(y)[masked] ||^2
+    loss = || z_hat - teacher(y)[masked] ||^2 with predict_all: all patches in place of masked
 
 Symbols of shapes:  B images,  S x S pixels,  N patches of an image,  K context patches,  M patches
 to imagine (the masked: K + M = N, or all: M = N),  D encoder width,  W predictor width,  A = 7
@@ -162,7 +162,7 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     from_green = torch.where(high == g, 2 + (b - r) / unit, 4 + (r - g) / unit)
     hue = torch.where(high == r, (g - b) / unit, from_green) + 6 * turns
 
-    def channel(n):  # hue -> RGB: red is n = 5, green 3, blue 1
+    def channel(n):  # hue -> RGB, the textbook's f(n): red is n = 5, green 3, blue 1
         k = (n + hue) % 6  # falls from `high` as k goes from 0 to 1, is back at 4
         return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -226,7 +226,8 @@ def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
         aspect = torch.ones_like(area)
     width = (area * aspect).sqrt().clamp(max=1)
     height = (area / aspect).sqrt().clamp(max=1)
-    theta = torch.zeros(B, 2, 3, device=images.device)  # crop coordinates, -1..1 -> the image's
+    # rows (scale, 0, offset): x and y in the crop, -1..1 -> where they are in the image, -1..1
+    theta = torch.zeros(B, 2, 3, device=images.device)
     theta[:, 0, 0] = torch.where(u_flip < 0.5, -width, width)  # a negative width mirrors
     theta[:, 1, 1] = height
     theta[:, 0, 2] = (2 * u_x - 1) * (1 - width)
@@ -289,7 +290,7 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
 def block_unions(n: int, grid: int, config: Config, generator=None, device=None) -> Tensor:
     """n random unions of rectangles. -> [n, grid, grid] bool, True is masked.
 
-    deviation: each rectangle has its own size, in whole patches (3 to 5 % of 8 x 8: 1, 2 or 4), and
+    deviation: each rectangle has its own size, in whole patches (4 to 6 % of 8 x 8: 2 or 4), and
     may touch every border; I-JEPA's share a size and never reach the last row and column.
     """
     draws = torch.rand(4, n, config.blocks, device=device, generator=generator)

@@ -631,10 +631,11 @@ def report(model: IWM, data: dict, out: Path, seconds: float | None = None):
     """The last table: this network and a randomly initialised one on the test images."""
     recipe, device = model.config, next(model.parameters()).device
     mrr, probes = math.ceil(recipe.effort * recipe.mrr_images), math.ceil(recipe.effort * 10_000)
-    print(f"measuring on test images ({mrr} for MRR and planning) ...")
+    few = math.ceil(mrr / 8)
+    print(f"measuring on test images (MRR and planning: {mrr}, random init: {few}) ...")
     torch.manual_seed(recipe.seed)
     trained = measure(model, data, "test", mrr, probes)
-    untrained = measure(IWM(recipe).to(device), data, "test", math.ceil(mrr / 8), probes)
+    untrained = measure(IWM(recipe).to(device), data, "test", few, probes)
     used = asdict(recipe) | {"bf16": bf16(recipe, device)}
     result = {"trained": trained, "random": untrained, "config": used}
     result |= {"seconds": seconds, "memory_gib": peak_memory(device)}
@@ -763,7 +764,7 @@ def main():
     step_model = nn.parallel.DistributedDataParallel(model) if LAUNCHED else model
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor)]
     print(f"{out}: encoder {sizes[0]:,} and predictor {sizes[1]:,} parameters, "
-          f"{len(data['train'][1])} images, {WORLD} x {device}, "
+          f"{len(data['train'][1])} training images, {WORLD} x {device}, "
           f"bfloat16 {bf16(recipe, device)}, from step {log['step']}")  # fmt: skip
     began, saved, running = time.monotonic() - log["seconds"], time.monotonic(), []
     if RANK == 0:
