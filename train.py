@@ -83,7 +83,7 @@ class Recipe(iwm.Config):
         return min(1.0, max(0.1, self.steps / 2400))
 
 
-# deviation: hide little and take the loss at all patches: better world models and better probes
+# deviation: hide little and take the loss at all patches, for a better world model
 LESS = dict(block_min=0.04, block_max=0.06, context=0.82, predict_all=True)
 # deviation: small models see colour change three times as much, to learn their action in minutes;
 # their predictor is nearly the encoder's size
@@ -632,7 +632,7 @@ def report(model: IWM, data: dict, out: Path, seconds: float | None = None):
     recipe, device = model.config, next(model.parameters()).device
     mrr, probes = math.ceil(recipe.effort * recipe.mrr_images), math.ceil(recipe.effort * 10_000)
     few = math.ceil(mrr / 8)
-    print(f"measuring on test images (MRR and planning: {mrr}, random init: {few}) ...")
+    print(f"measuring on test images (MRR and planning: {mrr}, untrained: {few}) ...")
     torch.manual_seed(recipe.seed)
     trained = measure(model, data, "test", mrr, probes)
     untrained = measure(IWM(recipe).to(device), data, "test", few, probes)
