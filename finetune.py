@@ -32,9 +32,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import iwm
-import train
 from iwm import IWM
-from train import load_checkpoint, mean_std, to_float
+from lab import data as images_of
+from lab import measures
+from lab.data import to_float
+from lab.machine import QUIET, autocast, set_up
+from lab.measures import mean_std
+from train import load_checkpoint
 
 # row: encoder, predictor, lr of random weights (the better of 1e-3 and 3e-3 on CIFAR-10's val)
 ROWS = {
@@ -81,14 +85,14 @@ def load_tasks(names: list[str], recipe, labels: int, device, cache: Path) -> di
         sys.exit(f"task {name}: on {recipe.data or 'this data'} choose among {', '.join(known)}")
     if recipe.data == "shapes":
         splits = {}
-        for seed, (split, n) in enumerate(train.SHAPES_IMAGES.items()):
-            made = train.shapes(n, seed, recipe.image_size)
+        for seed, (split, n) in enumerate(images_of.SHAPES_IMAGES.items()):
+            made = images_of.shapes(n, seed, recipe.image_size)
             # the class of each pixel: 0 is background, then the shapes
             made["segment"] = made["mask"] * (made["shape"] + 1)[:, None, None]
             splits[split] = made
         data = {n: {s: (made["images"], made[n]) for s, made in splits.items()} for n in names}
     else:
-        data = {"classify": train.load_data(recipe, device, cache)}
+        data = {"classify": images_of.load_data(recipe, device, cache)}
     for splits in data.values():
         n = len(splits["train"][1])
         if labels > n:
@@ -202,7 +206,7 @@ def mean_iou(predicted: Tensor, truth: Tensor, classes: int) -> float:
 def score(network: Network, name: str, task: Task, split: str) -> float:
     """Accuracy, or mIoU of a dense task, on one split."""
     (images, labels), device = task.data[split], next(network.parameters()).device
-    with train.autocast(network.config, device):
+    with autocast(network.config, device):
         logits = (network(part.to(device), name) for part in images.split(250))
         found = torch.cat([part.argmax(dim=1).cpu() for part in logits])
     if task.dense:
@@ -240,7 +244,7 @@ def fit(network: Network, tasks: dict[str, Task], lr: float, seed: int, args, ti
     optimizer, scheduler = make_optimizer(network, lr, args.steps)
     generator = torch.Generator().manual_seed(seed)
     orders = dict.fromkeys(tasks, torch.empty(0, dtype=torch.long))
-    for _ in tqdm(range(args.steps), title, leave=False, **train.QUIET):
+    for _ in tqdm(range(args.steps), title, leave=False, **QUIET):
         loss = 0
         for name, task in tasks.items():
             images, labels = task.data["train"]
@@ -248,7 +252,7 @@ def fit(network: Network, tasks: dict[str, Task], lr: float, seed: int, args, ti
                 orders[name] = torch.randperm(len(images), generator=generator)
             now, orders[name] = orders[name].tensor_split([batch])
             now = now.to(images.device)
-            with train.autocast(network.config, device):
+            with autocast(network.config, device):
                 logits = network(images[now].to(device), name)
             truth = labels[now].to(device).long()
             loss = loss + F.cross_entropy(logits.float(), truth) / len(tasks)
@@ -295,11 +299,11 @@ def closed_form_row(row: str, model: IWM, tasks: dict[str, Task], seed: int) -> 
     encode = networks.get(whose, imagined)
 
     def features(images):
-        with train.autocast(config, device):
+        with autocast(config, device):
             parts = images.split(250)
             return torch.cat([encode(to_float(x, device)).float().mean(dim=1) for x in parts])
 
-    accuracy = iwm.knn_accuracy if probe == "knn" else iwm.linear_accuracy
+    accuracy = measures.knn_accuracy if probe == "knn" else measures.linear_accuracy
     result: dict = {"val": {}, "test": {}, "lr": None, "trainable": 0}
     for name, task in tasks.items():
         read = {s: (features(x), labels.to(device)) for s, (x, labels) in task.data.items()}
@@ -359,7 +363,7 @@ def describe(records: list[dict], tasks: list[str]) -> str:
 
 def main():
     args = parse()
-    device = train.set_up(args.device)
+    device = set_up(args.device)
     model = load_checkpoint(args.checkpoint, device)
     recipe = replace(model.config, data=args.data or model.config.data, batch_size=1)
     model.config = recipe

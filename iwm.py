@@ -594,14 +594,6 @@ def bank_actions(params: Tensor, config: Config) -> Tensor:
     return make_action(IDENTITY.to(params).expand_as(params), params, not_degraded, config)
 
 
-def sweep_params(component: int, config: Config, n: int = 16) -> Tensor:
-    """Jitter parameters that sweep one component over its range, the others at identity. [n, 4]."""
-    params = IDENTITY.repeat(n, 1)
-    low, high = config.jitter_range[:, component].tolist()
-    params[:, component] = torch.linspace(low, high, n)
-    return params
-
-
 @torch.no_grad()
 def variants(model: IWM, image: Tensor, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A clean image [1, 3, S, S] under jitter `params` [V, 4].
@@ -633,75 +625,3 @@ def measure_mrr(model: IWM, images: Tensor, generator=None) -> dict[str, float]:
     found = {"mrr": 1 / rank, "hit1": rank <= 1, "hit5": rank <= 5, "mrr_pooled": 1 / pooled}
     result = {name: value.double().mean().item() for name, value in found.items()}
     return result | {"chance": chance(model.config.bank)}
-
-
-def measure_components(model: IWM, images: Tensor) -> dict[str, float]:
-    """error_<component>: how badly a component alone is modelled, over images as in `measure_mrr`.
-
-    The component sweeps its range; the error is how far the nearest variant to the imagined one is
-    from the true one, as a share of the range. No knowledge: 0.27 (always the middle) and more.
-    """
-    errors = {f"error_{name}": 0.0 for name in JITTER}
-    for image in images.split(1):
-        for i, name in enumerate(JITTER):
-            _, bank, imagined = variants(model, image, sweep_params(i, model.config))
-            nearest = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).cpu()
-            miss = (nearest - torch.arange(len(bank))).abs().double().mean() / (len(bank) - 1)
-            errors[f"error_{name}"] += miss.item() / len(images)
-    return errors
-
-
-@torch.no_grad()
-def measure_planning(model: IWM, images: Tensor, generator=None) -> dict[str, float]:
-    """Clean images [B, 3, S, S] are jittered into goals; `plan` has to find how.
-
-    plan_left: pixel error after the found action over that of doing nothing, 0 perfect, 1 useless.
-    plan_error_<component>: mean error of the parameter found, as a share of its range.
-    """
-    params = jitter_params(len(images), model.config, generator, images.device, always=True)
-    goals = jitter(images, params)
-    found = model.plan(images, goals)
-    left, nothing = (jitter(images, found) - goals).abs().mean(), (images - goals).abs().mean()
-    low, high = model.config.jitter_range.to(images.device)
-    miss = (found - params).abs().mean(dim=0) / (high - low).clamp(min=1e-8)
-    result = {"plan_left": ((left + 1e-8) / (nothing + 1e-8)).item()}
-    return result | {f"plan_error_{name}": miss[i].item() for i, name in enumerate(JITTER)}
-
-
-def rankme(features: Tensor) -> float:
-    """Effective rank of features [n, D]: exp of the entropy of their singular values (RankMe).
-
-    Between 1 (collapsed) and min(n, D); NaN if a feature is not finite or all are 0.
-    """
-    if not features.isfinite().all():
-        return math.nan
-    s = torch.linalg.svdvals(features.float().cpu())
-    p = s / s.sum() + 1e-7
-    return torch.exp(-(p * p.log()).sum()).item()
-
-
-def knn_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, k=20) -> float:
-    """Cosine kNN, votes weighted by exp(similarity / 0.07) (DINO). [n, D], labels [n] int64."""
-    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    right = 0
-    for part, truth in zip(test.split(1000), test_labels.split(1000)):
-        similarity, neighbours = (part @ train.T).topk(min(k, len(train)), dim=1)
-        votes = part.new_zeros(len(part), int(labels.max()) + 1)
-        votes.scatter_add_(1, labels[neighbours], (similarity / 0.07).exp())
-        right += (votes.argmax(dim=1) == truth).sum().item()
-    return right / len(test)
-
-
-def linear_accuracy(
-    train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, ridge: float = 1e-3
-) -> float:
-    """Linear probe on standardised features [n, D], labels [n] int64.
-
-    deviation: in closed form, ridge regression to one-hot labels.
-    """
-    mean, std = train.mean(dim=0), train.std(dim=0, correction=0) + 1e-6
-    standardised = [F.pad((f - mean) / std, (0, 1), value=1.0) for f in (train, test)]
-    train, test = (f.cpu().double() for f in standardised)
-    gram = train.T @ train + ridge * len(train) * torch.eye(train.shape[1], dtype=train.dtype)
-    weights = torch.linalg.solve(gram, train.T @ F.one_hot(labels.cpu()).double())
-    return ((test @ weights).argmax(dim=1) == test_labels.cpu()).double().mean().item()

@@ -41,7 +41,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import finetune
 import iwm as reference
+import lab.data
+import lab.measures
+import lab.pictures
 import train
+from lab import machine
 
 iwm = importlib.import_module(os.environ.get("IWM", "iwm"))
 each = pytest.mark.parametrize
@@ -405,7 +409,7 @@ class TestTeacher:  # exercise 7
 
 
 class TestMRR:  # exercise 8
-    GRADES = "ranks mean_reciprocal_rank chance variants measure_mrr measure_components IWM.imagine"
+    GRADES = "ranks mean_reciprocal_rank chance variants measure_mrr IWM.imagine"
 
     def test_ranks_worked_by_hand(self):
         bank, imagined = tensor([[0.0, 1, 3, 6], [0.9, 0.9, 4.4, 0]]).unsqueeze(2)
@@ -434,9 +438,9 @@ class TestMRR:  # exercise 8
         model, others = tiny(), arange(7) != i
         model.imagine = lambda image, action: model.targets(act(image, action * others))
         ends = torch.where(arange(4) == i, TINY.jitter_range, IDENTITY)
-        errors = iwm.measure_components(model, noise(2))
+        errors = lab.measures.measure_components(model, noise(2))
 
-        close(iwm.sweep_params(i, TINY)[[0, -1]], ends, f"ends of sweep {i}")
+        close(lab.measures.sweep_params(i, TINY)[[0, -1]], ends, f"ends of sweep {i}")
         close([*errors.values()], 0.27 * eye(4)[i], f"{[*errors]}, number {i} ignored", 0.02)
 
     def test_the_bank_is_the_teachers(self):
@@ -469,7 +473,7 @@ class TestDestructive:  # exercise 9
 
 
 class TestPlan:
-    GRADES = "IWM.plan measure_planning"
+    GRADES = "IWM.plan"
 
     def test_a_perfect_model_finds_what_is_in_range(self):
         """Its latents are the pixels. No action is as bright as the last goal."""
@@ -479,7 +483,7 @@ class TestPlan:
         model.predictor.everywhere = lambda z, action: act(images, action).flatten(2)
         model.targets = lambda goals: goals.flatten(2)
         found = model.plan(images, iwm.jitter(images, params), steps=200)
-        result = iwm.measure_planning(model, images, seeded(2))
+        result = lab.measures.measure_planning(model, images, seeded(2))
         miss = (found - params)[:-1] / (2 * TINY.jitter_strengths)
 
         close(miss, zeros(15, 4), "(found - true) / range", 0.01)
@@ -489,7 +493,7 @@ class TestPlan:
     def test_an_action_blind_model_finds_nothing(self):
         """For even draws the identity misses a quarter of the range on average."""
         model = tiny(conditioning="none", image_size=8)
-        result = [*iwm.measure_planning(model, noise(999, 8), seeded()).values()]
+        result = [*lab.measures.measure_planning(model, noise(999, 8), seeded()).values()]
         found = model.plan(noise(4, 8), 1 - noise(4, 8))
 
         close(found, IDENTITY.repeat(4, 1), "the identity", 0)
@@ -499,13 +503,11 @@ class TestPlan:
 
 
 class TestProbes:
-    GRADES = "rankme knn_accuracy linear_accuracy"
-
     def test_rankme_is_the_effective_rank(self):
         """Singular values 3 and 1: exp(-3/4 log 3/4 - 1/4 log 1/4) = 1.755."""
         q = torch.linalg.qr(randn(100, 5, generator=seeded())).Q
         features = q, ones(50, 8), q[:, :2] * tensor([3, 1]), q * tensor([1, 1, 1, 1, math.nan])
-        found = [iwm.rankme(f) for f in features]
+        found = [lab.measures.rankme(f) for f in features]
         close(found, [5, 1, 1.755, math.nan], "five equal, a constant, (3, 1), not finite", 0.01)
 
     @each("probe, scale", [("knn_accuracy", 1), ("linear_accuracy", 1000)])
@@ -515,7 +517,7 @@ class TestProbes:
         f = F.one_hot(labels, 16) + 0.1 * randn(800, 16, generator=seeded())
         f[:, :4] /= scale
         test = f[400::4], labels[400::4]  # one class: its own mean would hide it
-        close(getattr(iwm, probe)(f[:400], labels[:400], *test), 1.0, "accuracy", 0.05)
+        close(getattr(lab.measures, probe)(f[:400], labels[:400], *test), 1.0, "accuracy", 0.05)
 
     def test_knn_is_a_naive_one(self):
         train, test = randn(1200, 4, generator=seeded()).split([100, 1100])
@@ -523,12 +525,14 @@ class TestProbes:
         near, i = F.cosine_similarity(test[:, None], train, dim=2).topk(20)
         votes = F.one_hot(labels[i]) * (near / 0.07).exp()[:, :, None]
         truth = votes.sum(dim=1).argmax(dim=1)
-        close(iwm.knn_accuracy(train, labels, test, truth), 1.0, "agreement with a naive one")
+        close(
+            lab.measures.knn_accuracy(train, labels, test, truth), 1.0, "agreement with a naive one"
+        )
 
     @pytest.mark.filterwarnings("error")
     def test_one_training_image_is_enough(self):
         labels = torch.full((5,), 3)
-        found = iwm.linear_accuracy(rand(1, 8), labels[:1], rand(5, 8), labels)
+        found = lab.measures.linear_accuracy(rand(1, 8), labels[:1], rand(5, 8), labels)
         close(found, 1.0, "accuracy")
 
 
@@ -622,7 +626,7 @@ def steps(spy):
 def call(monkeypatch, patch, capsys, tmp_path):
     """Runs a script in an empty folder -> what it prints or the line it ends with."""
     monkeypatch.chdir(tmp_path)
-    patch(train, SHAPES_IMAGES=dict(train=40, val=12, test=12))
+    patch(lab.data, SHAPES_IMAGES=dict(train=40, val=12, test=12))
     patch(train, draw=lambda *_: None, draw_curves=lambda *_: None)
 
     def call(flags="", script=train):
@@ -639,7 +643,7 @@ def call(monkeypatch, patch, capsys, tmp_path):
 
 
 def coded(labels):
-    """For train.shapes: images tell their factors; random labels are wrong for half a class."""
+    """For lab.data.shapes: images tell their factors; random labels are wrong for half a class."""
 
     def shapes(n, seed, size):
         g = seeded(seed)
@@ -664,7 +668,7 @@ def coded(labels):
 ])  # fmt: skip
 def test_only_what_images_tell_is_learned(labels, val, test, call, patch):
     call()
-    patch(train, SHAPES_IMAGES=dict.fromkeys(SPLITS, 320), shapes=coded(labels.split()))
+    patch(lab.data, SHAPES_IMAGES=dict.fromkeys(SPLITS, 320), shapes=coded(labels.split()))
     ways = ["protocol=table", "task=segment --steps=120"]
     if labels[0] == "t":
         ways += ["protocol=average", "protocol=factors", "task=shape,colour"]
@@ -673,7 +677,7 @@ def test_only_what_images_tell_is_learned(labels, val, test, call, patch):
     data = train.load_data(RECIPE, CPU, None)
     for split, (low, high) in (("val", val), ("test", test)):
         rows = [(row["row"], row[split]) for row in read("run/finetune.jsonl")]
-        measured = train.measure(small(), data, split, 1, 320)
+        measured = lab.measures.measure(small(), data, split, 1, 320)
         rows.append(("measure", {probe: measured[probe] for probe in ("knn", "linear")}))
         for row, task, score in ((row, *item) for row, scores in rows for item in scores.items()):
             if task == "segment" and 0 < low < 0.8:
@@ -684,11 +688,11 @@ def test_only_what_images_tell_is_learned(labels, val, test, call, patch):
 def test_measure_probes_the_teacher_on_its_split(patch, spy):
     model, data, others = small(), marked(), []
     look = lambda model, images, *_: others.append(images) or {}
-    patch(train.iwm, measure_mrr=look, measure_components=look, measure_planning=look)
-    patch(train.iwm, rankme=lambda features: features)
+    patch(train.iwm, measure_mrr=look)
+    patch(lab.measures, measure_components=look, measure_planning=look, rankme=lambda f: f)
     spy(train.IWM, "targets", look)
     for split in ("val", "test"):
-        found = train.measure(model, data, split, 3, 9)["rankme"]
+        found = lab.measures.measure(model, data, split, 3, 9)["rankme"]
         images = data[split][0] / 255
         close(found, model.teacher(images[:9]).mean(dim=1), f"features of {split}")
         for seen in others[-4:]:
@@ -712,6 +716,7 @@ def log(call, patch, spy, steps):
 
     data = marked() | {"train": (counted(40), 0 * arange(40))}
     patch(train, load_data=lambda *_: data, measure=measure)
+    patch(lab.measures, measure=measure)
     spy(train.IWM, "forward", forward)
     spy(train.IWM, "update_teacher", lambda model, m: log.ema.append((len(steps), m)))
     flags = "--steps=40 --measurements=20 --seed=3 --warmup=.25 --lr=.01 --ema=.9"
@@ -736,7 +741,7 @@ def test_an_epoch_has_each_training_image_once(log, patch):
     epochs = [sum(log.batches[i : i + 5], []) for i in range(0, 40, 5)]
     recipe, halves = replace(RECIPE, steps=40, seed=3), []
     for rank in range(2):
-        patch(train, WORLD=2, RANK=rank)
+        patch(machine, WORLD=2, RANK=rank)
         halves.append([numbers(x) for x in train.batches(counted(40), recipe, 7, CPU)])
 
     for epoch in epochs:
@@ -750,7 +755,7 @@ def test_an_epoch_has_each_training_image_once(log, patch):
 def test_steps_processes_and_seeds_draw_anew(log, patch):
     optimizer = train.make_optimizer(log.model, RECIPE)
     for rank, recipe in ((1, replace(RECIPE, seed=3)), (0, RECIPE)):
-        patch(train, RANK=rank)
+        patch(machine, RANK=rank)
         train.train_step(log.model, optimizer, counted(8), 0, recipe, seeded())
 
     first = next(train.batches(counted(40), RECIPE, 0, CPU))
@@ -816,7 +821,7 @@ def test_k_imagined_is_the_mean_over_k_actions(patch):
     actions = []
     look = lambda self, z, action: actions.append(action) or action[:, None]
     patch(train.iwm.Predictor, everywhere=look)
-    patch(train.iwm, linear_accuracy=lambda x, *_: x)
+    patch(lab.measures, linear_accuracy=lambda x, *_: x)
     row = "linear, 5 imagined", small(), {"t": finetune.Task(marked())}, 0
     found = finetune.closed_form_row(*row)["test"]["t"]
 
@@ -847,7 +852,7 @@ class TestNetwork:
         who = lambda x, *_: x.mean() + x.flatten()[0] / 1000  # ... which shows the seed
         predict = lambda self, z, *_: z + 10 + 10 * self.out.bias.mean()
         patch(train.iwm.Predictor, everywhere=predict)
-        patch(train.iwm, knn_accuracy=lambda *x: who(*x) - 50, linear_accuracy=who)
+        patch(lab.measures, knn_accuracy=lambda *x: who(*x) - 50, linear_accuracy=who)
         patch(finetune, score=score, fit=lambda *_: None)
         task = {"t": finetune.Task(marked())}
         for claim, row in [(c, row) for c in claims for row in claims[c]]:
@@ -890,7 +895,7 @@ def test_mean_iou_worked_by_hand():
 
 
 def test_table_of_finetuning_over_seeds(call, patch):
-    made = train.shapes(40, 0, 16)
+    made = lab.data.shapes(40, 0, 16)
 
     def row(row, model, tasks, seed, *args):
         for name, task in tasks.items():
@@ -978,7 +983,7 @@ def test_nothing_is_overwritten_and_half_a_file_is_refused(call):
         Path("run/last.pt").write_bytes(whole[:n])
         for flags in ("--resume", "--measure=run/last.pt"):
             assert "run/last.pt" in call(flags), flags
-        assert train.read_image("run/last.pt", 8) is None, "no image"
+        assert lab.data.read_image("run/last.pt", 8) is None, "no image"
 
 
 @each("script", [train, finetune])
@@ -997,11 +1002,11 @@ def test_settings_train_or_are_refused_in_a_line(call):
 
 
 def test_shapes_are_repeatable_and_balanced(patch):
-    patch(train, SHAPES_IMAGES=dict(train=2000, val=1000, test=1000))  # whole chunks
+    patch(lab.data, SHAPES_IMAGES=dict(train=2000, val=1000, test=1000))  # whole chunks
     recipe = replace(RECIPE, image_size=8, patch=4)
     one, same = (train.load_data(recipe, CPU, None) for _ in range(2))
     images, again = (cat([x for x, _ in data.values()]) for data in (one, same))
-    factors = train.shapes(2000, 0, 8)
+    factors = lab.data.shapes(2000, 0, 8)
 
     assert equal(images, again) and equal(one["train"][1], factors["shape"]), "drawn twice"
     assert [len(y) for _, y in one.values()] == [2000, 1000, 1000], "sizes"
@@ -1082,7 +1087,7 @@ def test_pictures_become_upright_rgb(tmp_path):
     pictures |= {"CMYK.jpg": grey.convert("CMYK"), "turned.jpg": grey.rotate(180)}
     for name, picture in pictures.items():
         picture.save(tmp_path / name, **{"exif": exif} if name == "turned.jpg" else {})
-        found = train.read_image(tmp_path / name, 10)
+        found = lab.data.read_image(tmp_path / name, 10)
 
         assert found.shape == (3, 10, 10), name
         assert (found[:, 0].mean(), found[:, 9].mean()) == approx((13, 242), abs=20), name
@@ -1094,7 +1099,7 @@ def test_cifar_keeps_its_splits_and_labels(call, patch):
             super().__init__(range(60) if train else range(100, 120))
             self.data, self.targets = counted(256)[[*self]].movedim(1, 3).numpy(), [*self]
 
-    patch(train.torchvision.datasets, CIFAR10=Cifar)
+    patch(lab.data.torchvision.datasets, CIFAR10=Cifar)
     recipe = replace(RECIPE, data="cifar10")
     data, again = (train.load_data(recipe, CPU, None) for _ in range(2))
     one, val, test = labels = [data[s][1].tolist() for s in SPLITS]
@@ -1102,7 +1107,7 @@ def test_cifar_keeps_its_splits_and_labels(call, patch):
     assert len(val) == 6 and sorted(one + val) == [*range(60)], "held out"
     assert equal(data["val"][1], again["val"][1]), "held out each time"
     assert sorted(test) == [*range(100, 120)], "test"
-    patch(train.torchvision.datasets, CIFAR10=lambda *_, **__: os.listdir("network"))
+    patch(lab.data.torchvision.datasets, CIFAR10=lambda *_, **__: os.listdir("network"))
     assert "cannot be downloaded" in call("--data=cifar10")
 
 
@@ -1115,9 +1120,9 @@ def test_data_may_move_and_names_are_cut(load, call):
 
 
 TWO = """
-import os, train
-if train.RANK: os.replace = None  # only process 0 writes
-train.SHAPES_IMAGES = dict(train=40, val=12, test=12)
+import os, lab.data, train
+if train.machine.RANK: os.replace = None  # only process 0 writes
+lab.data.SHAPES_IMAGES = dict(train=40, val=12, test=12)
 train.main()
 """
 
@@ -1130,7 +1135,7 @@ def test_two_processes_have_one_gradient_and_one_writes(call, patch):
     assert said.count("random init") == 1, "tables printed"
     data, moments = train.load_data(RECIPE, CPU, None)["train"][0], []
     for rank in range(2):
-        patch(train, WORLD=2, RANK=rank)
+        patch(machine, WORLD=2, RANK=rank)
         torch.manual_seed(0)
         model = train.IWM(RECIPE)
         optimizer = train.make_optimizer(model, RECIPE)
@@ -1145,14 +1150,14 @@ def test_two_processes_have_one_gradient_and_one_writes(call, patch):
 
 def test_measuring_and_finetuning_refuse_torchrun(call, patch):
     call()
-    patch(train, LAUNCHED=True)
+    patch(machine, LAUNCHED=True)
     for script, flags in ((train, "--measure=run/last.pt"), (finetune, "")):
         assert "torchrun" in call(flags, script)
 
 
 def test_a_rank_needs_torchrun(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert runpy.run_path(train.__file__)["RANK"] == 0
+    assert runpy.run_path(machine.__file__)["RANK"] == 0
 
 
 @each("native, wanted", [*product([True, False], repeat=2)])
@@ -1176,7 +1181,7 @@ def test_steps_are_compiled_and_measuring_is_not(call, patch):
 class TestWeights:
     def test_published_weights_load_and_model_the_action(self):
         model = train.load_checkpoint(Path("assets/cifar.pt"), torch.device("cpu"))
-        images = train.to_float(train.shapes(2, 7)["images"])
+        images = train.to_float(lab.data.shapes(2, 7)["images"])
         found = iwm.measure_mrr(model, images, seeded())["mrr"]
 
         assert found > 0.3, f"MRR on shapes, which it never saw, is {found:.2f}: chance is 0.024"

@@ -1,0 +1,172 @@
+"""Measures: does planning work, which component is modelled, what do the latents hold?"""
+
+import json
+import math
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import iwm
+from iwm import IDENTITY, IWM, JITTER, Config, jitter, jitter_params, variants
+from lab.data import to_float
+from lab.machine import autocast, bf16, peak_memory, write_whole
+
+
+def sweep_params(component: int, config: Config, n: int = 16) -> Tensor:
+    """Jitter parameters that sweep one component over its range, the others at identity. [n, 4]."""
+    params = IDENTITY.repeat(n, 1)
+    low, high = config.jitter_range[:, component].tolist()
+    params[:, component] = torch.linspace(low, high, n)
+    return params
+
+
+def measure_components(model: IWM, images: Tensor) -> dict[str, float]:
+    """error_<component>: how badly a component alone is modelled, over images as in `measure_mrr`.
+
+    The component sweeps its range; the error is how far the nearest variant to the imagined one is
+    from the true one, as a share of the range. No knowledge: 0.27 (always the middle) and more.
+    """
+    errors = {f"error_{name}": 0.0 for name in JITTER}
+    for image in images.split(1):
+        for i, name in enumerate(JITTER):
+            _, bank, imagined = variants(model, image, sweep_params(i, model.config))
+            nearest = torch.cdist(imagined.flatten(1), bank.flatten(1)).argmin(dim=1).cpu()
+            miss = (nearest - torch.arange(len(bank))).abs().double().mean() / (len(bank) - 1)
+            errors[f"error_{name}"] += miss.item() / len(images)
+    return errors
+
+
+@torch.no_grad()
+def measure_planning(model: IWM, images: Tensor, generator=None) -> dict[str, float]:
+    """Clean images [B, 3, S, S] are jittered into goals; `plan` has to find how.
+
+    plan_left: pixel error after the found action over that of doing nothing, 0 perfect, 1 useless.
+    plan_error_<component>: mean error of the parameter found, as a share of its range.
+    """
+    params = jitter_params(len(images), model.config, generator, images.device, always=True)
+    goals = jitter(images, params)
+    found = model.plan(images, goals)
+    left, nothing = (jitter(images, found) - goals).abs().mean(), (images - goals).abs().mean()
+    low, high = model.config.jitter_range.to(images.device)
+    miss = (found - params).abs().mean(dim=0) / (high - low).clamp(min=1e-8)
+    result = {"plan_left": ((left + 1e-8) / (nothing + 1e-8)).item()}
+    return result | {f"plan_error_{name}": miss[i].item() for i, name in enumerate(JITTER)}
+
+
+def rankme(features: Tensor) -> float:
+    """Effective rank of features [n, D]: exp of the entropy of their singular values (RankMe).
+
+    Between 1 (collapsed) and min(n, D); NaN if a feature is not finite or all are 0.
+    """
+    if not features.isfinite().all():
+        return math.nan
+    s = torch.linalg.svdvals(features.float().cpu())
+    p = s / s.sum() + 1e-7
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+def knn_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, k=20) -> float:
+    """Cosine kNN, votes weighted by exp(similarity / 0.07) (DINO). [n, D], labels [n] int64."""
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    right = 0
+    for part, truth in zip(test.split(1000), test_labels.split(1000)):
+        similarity, neighbours = (part @ train.T).topk(min(k, len(train)), dim=1)
+        votes = part.new_zeros(len(part), int(labels.max()) + 1)
+        votes.scatter_add_(1, labels[neighbours], (similarity / 0.07).exp())
+        right += (votes.argmax(dim=1) == truth).sum().item()
+    return right / len(test)
+
+
+def linear_accuracy(
+    train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, ridge: float = 1e-3
+) -> float:
+    """Linear probe on standardised features [n, D], labels [n] int64.
+
+    deviation: in closed form, ridge regression to one-hot labels.
+    """
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0) + 1e-6
+    standardised = [F.pad((f - mean) / std, (0, 1), value=1.0) for f in (train, test)]
+    train, test = (f.cpu().double() for f in standardised)
+    gram = train.T @ train + ridge * len(train) * torch.eye(train.shape[1], dtype=train.dtype)
+    weights = torch.linalg.solve(gram, train.T @ F.one_hot(labels.cpu()).double())
+    return ((test @ weights).argmax(dim=1) == test_labels.cpu()).double().mean().item()
+
+
+@torch.no_grad()
+def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: int) -> dict:
+    """MRR, components and planning on clean images of a split; probes on more of them.
+
+    The probes read the teacher's mean-pooled latents and are fitted on training images.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+
+    def pooled(part_of):
+        images, labels = (part[:probe_images] for part in data[part_of])
+        parts = [model.teacher(to_float(part, device)).float() for part in images.split(250)]
+        return torch.cat([part.mean(dim=1) for part in parts]), labels.to(device)
+
+    images = to_float(data[split][0][:500], device)
+    with autocast(model.config, device), torch.compiler.set_stance("force_eager"):
+        clean = images[:mrr_images]
+        result = iwm.measure_mrr(model, clean, generator) | measure_components(model, clean)
+        result |= measure_planning(model, clean, generator)
+        result["target_std"] = model.targets(images).std(dim=(0, 1)).mean().item()
+        known, asked = pooled("train"), pooled(split)
+    result["rankme"] = rankme(asked[0])
+    result["knn"] = knn_accuracy(*known, *asked)
+    return result | {"linear": linear_accuracy(*known, *asked)}
+
+
+def mean_std(values: list[float], digits: int = 1) -> str:
+    """Mean and, of several, standard deviation."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def table(folders: list[Path]) -> str:
+    """Markdown. A run's name without its seed is its row: mean and deviation over the seeds."""
+    rows: dict[str, list] = {}
+    for folder in folders:
+        if (folder / "result.json").exists():
+            name = re.sub(r",?seed=\d+", "", folder.name)
+            rows.setdefault(name, []).append(json.loads((folder / "result.json").read_text()))
+        elif folder.name != "cache":
+            print(f"{folder} is no finished run: left out", file=sys.stderr)
+    if not rows:
+        sys.exit("--table found no finished run")
+    names = ("mrr", "hit1", "plan_left", "knn", "linear")
+    lines = [f"| run | seeds | {' | '.join(names)} | minutes |", "|---" * (len(names) + 3) + "|"]
+    for row, runs in rows.items():
+        cells = [mean_std([run["trained"].get(n, math.nan) for run in runs], 3) for n in names]
+        minutes = mean_std([(run["seconds"] or 0) / 60 for run in runs], 0)
+        lines.append(f"| {' | '.join([row, str(len(runs)), *cells, minutes])} |")
+    return "\n".join(lines)
+
+
+def report(model: IWM, data: dict, out: Path, seconds: float | None = None):
+    """The last table: this network and a randomly initialised one on the test images."""
+    recipe, device = model.config, next(model.parameters()).device
+    mrr, probes = math.ceil(recipe.effort * recipe.mrr_images), math.ceil(recipe.effort * 10_000)
+    few = math.ceil(mrr / 8)
+    print(f"measuring on test images (MRR and planning: {mrr}, untrained: {few}) ...")
+    torch.manual_seed(recipe.seed)
+    trained = measure(model, data, "test", mrr, probes)
+    untrained = measure(IWM(recipe).to(device), data, "test", few, probes)
+    used = asdict(recipe) | {"bf16": bf16(recipe, device)}
+    result = {"trained": trained, "random": untrained, "config": used}
+    result |= {"seconds": seconds, "memory_gib": peak_memory(device)}
+    write_whole(out / "result.json", lambda aside: aside.write_text(json.dumps(result, indent=1)))
+    by_class = 1 / (int(data["train"][1].max()) + 1)
+    chance = dict(mrr=iwm.chance(recipe.bank), hit1=1 / recipe.bank, plan_left=1)
+    chance |= dict(knn=by_class, linear=by_class)
+    print(f"\n{'test images':12} {'this run':>9} {'random init':>12} {'chance':>8}")
+    for name, by_chance in chance.items():
+        print(f"{name:12} {trained[name]:9.4f} {untrained[name]:12.4f} {by_chance:8.4f}")
+    print(f"\nsee {out}" if seconds is None else f"\n{seconds / 60:.1f} minutes; see {out}")
