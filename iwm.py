@@ -21,23 +21,25 @@ action a (how to get from x to the view y) imagines the latents that an EMA teac
 
 One step of training, as IWM.loss has it:
 
-    x, y, a = make_views(image)               two views of one crop, and the action from x to y
-    context, masked = sample_masks()          what the encoder sees of x, and what is to be imagined
-    z = encoder(x, context)                   z = f(x)
-    z_hat = predictor(z, context, masked, a)  z_hat = p(z, a, m)
-    loss = || z_hat - teacher(y)[masked] ||^2 with predict_all: all patches in place of masked
+    x, y, a = make_views(image)              two views of one crop, and the action from x to y
+    context, masked = sample_masks()         what the encoder sees of x, and what is hidden from it
+    z = encoder(x, context)                  z = f(x)
+    z_hat = predictor(z, context, asked, a)  z_hat = p(z, a, m)
+    loss = || z_hat - teacher(y)[asked] ||^2
+
+The predictor is asked for the masked patches, as in the paper, or for all (predict_all).
 
 Symbols of shapes:  B images,  S x S pixels,  N patches of an image,  K context patches,  M patches
-to imagine (the masked: K + M = N, or all: M = N),  D encoder width,  W predictor width,  A = 7
+asked for (the masked: K + M = N, or all: M = N),  D encoder width,  W predictor width,  A = 7
 numbers of an action,  V variants in a bank.
 
-"deviation:" tags what departs from the paper or fills a gap in it; assets/RESULTS.md lists them all
-with their reasons.
+"deviation 5" is number 5 of the README's list of departures from the paper; assets/RESULTS.md lists
+the small ones, too, with their reasons.
 """
 
 import copy
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +54,9 @@ IDENTITY = torch.tensor([1.0, 1.0, 1.0, 0.0])  # the jitter parameters that chan
 # ---- Configuration: what the method reads; train.py adds data, optimisation, presets -------------
 
 
-def setting(default, help, low=None, high=math.inf):
-    """A setting, its explanation and its range."""
-    return field(default=default, metadata={"help": help, "range": (low, high)})
+def setting(default, help):
+    """A setting and its explanation, which the command line shows."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -62,57 +64,54 @@ class Config:
     """IWM(18, 384): the paper's values where it states them, else mostly I-JEPA's."""
 
     # photometric actions: strengths as in torchvision's ColorJitter
-    image_size: int = setting(224, "side of the square views in pixels, a multiple of patch", 1)
-    brightness: float = setting(0.4, "jitter: factor drawn from 1 -+ this", 0, 100)
-    contrast: float = setting(0.4, "jitter: factor drawn from 1 -+ this", 0, 100)
-    saturation: float = setting(0.2, "jitter: factor drawn from 1 -+ this", 0, 100)
-    hue: float = setting(0.1, "jitter: shift in turns of the colour wheel, up to this", 0, 0.5)
-    strength: float = setting(1.0, "multiplies the four above (strong jitter: 2)", 0, 100)
-    jitter_prob: float = setting(0.8, "probability that a view is jittered at all", 0, 1)
-    blur_prob: float = setting(0.2, "probability of blur on the source view", 0, 1)
-    gray_prob: float = setting(0.2, "probability of grayscale on the source view", 0, 1)
-    solarize_prob: float = setting(0.1, "probability of solarisation on the source view", 0, 1)
-    crop_min: float = setting(0.3, "smallest crop as a share of the image; 1 is no crop", 1e-3, 1)
+    image_size: int = setting(224, "side of the square views in pixels, a multiple of patch")
+    brightness: float = setting(0.4, "jitter: factor drawn from 1 -+ this")
+    contrast: float = setting(0.4, "jitter: factor drawn from 1 -+ this")
+    saturation: float = setting(0.2, "jitter: factor drawn from 1 -+ this")
+    hue: float = setting(0.1, "jitter: shift in turns of the colour wheel, up to this")
+    strength: float = setting(1.0, "multiplies the four above (strong jitter: 2)")
+    jitter_prob: float = setting(0.8, "probability that a view is jittered at all")
+    blur_prob: float = setting(0.2, "probability of blur on the source view")
+    gray_prob: float = setting(0.2, "probability of grayscale on the source view")
+    solarize_prob: float = setting(0.1, "probability of solarisation on the source view")
+    crop_min: float = setting(0.3, "smallest crop as a share of the image; 1 is no crop")
     # masks
-    blocks: int = setting(4, "rectangles whose union is masked", 1)
-    block_min: float = setting(0.15, "smallest rectangle, as a share of the image", 1e-3, 0.99)
-    block_max: float = setting(0.20, "largest rectangle, as a share of the image", 1e-3, 0.99)
-    context: float = setting(0.56, "share of patches that the encoder sees", 1e-3, 0.999)
+    blocks: int = setting(4, "rectangles whose union is masked")
+    block_min: float = setting(0.15, "smallest rectangle, as a share of the image")
+    block_max: float = setting(0.20, "largest rectangle, as a share of the image")
+    context: float = setting(0.56, "share of patches that the encoder sees")
     predict_all: bool = setting(False, "take the loss at all patches, not at the masked ones only")
     # encoder f
-    patch: int = setting(16, "side of a patch, in pixels", 1)
-    width: int = setting(768, "width D of the encoder", 1)
-    depth: int = setting(12, "blocks of the encoder", 1)
-    heads: int = setting(12, "attention heads, of the encoder and of the predictor", 1)
+    patch: int = setting(16, "side of a patch, in pixels")
+    width: int = setting(768, "width D of the encoder")
+    depth: int = setting(12, "blocks of the encoder")
+    heads: int = setting(12, "attention heads, of the encoder and of the predictor")
     # predictor p, the world model
     conditioning: str = setting("feature", "how the action is told: none | sequence | feature")
-    pred_width: int = setting(384, "width W of the predictor", 1)
-    pred_depth: int = setting(18, "blocks of the predictor", 1)
+    pred_width: int = setting(384, "width W of the predictor")
+    pred_depth: int = setting(18, "blocks of the predictor")
     target_norm: bool = setting(True, "layer-norm the teacher's latents before the loss")
     # measure
-    bank: int = setting(256, "variants V of an image that MRR ranks", 2)
+    bank: int = setting(256, "variants V of an image that MRR ranks")
 
     def __post_init__(self):
-        """Raises ValueError with one line that names the setting and its range."""
+        """Raises ValueError, in one line, for what would fail later and obscurely."""
 
         def need(ok, message):
             if not ok:
                 raise ValueError(message)
 
-        for f in fields(self):
-            (low, high), value = f.metadata["range"], getattr(self, f.name)
-            if low is not None:
-                need(low <= value <= high, f"{f.name} is {value}: it must be in {low}..{high}")
-        need(self.conditioning in ("none", "sequence", "feature"),
-             f"conditioning is {self.conditioning}: choose none, sequence or feature")  # fmt: skip
-        need(self.block_min <= self.block_max,
-             f"block_min {self.block_min} is above block_max {self.block_max}")  # fmt: skip
-        need(self.image_size % self.patch == 0 and self.grid >= 2,
-             f"image_size {self.image_size} must be 2 or more patches of {self.patch}")  # fmt: skip
+        for name in ("image_size", "patch", "width", "pred_width", "heads", "blocks", "bank"):
+            need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
         for name in ("width", "pred_width"):
             w = getattr(self, name)
             need(w % 4 == 0 and w % self.heads == 0,
                  f"{name} {w} must be a multiple of 4 and of heads ({self.heads})")  # fmt: skip
+        need(self.image_size % self.patch == 0 and self.grid >= 2,
+             f"image_size {self.image_size} must be 2 or more patches of {self.patch}")  # fmt: skip
+        need(0 < self.context < 1, f"context is {self.context}: it must be between 0 and 1")
+        need(self.conditioning in ("none", "sequence", "feature"),
+             f"conditioning is {self.conditioning}: choose none, sequence or feature")  # fmt: skip
 
     @property
     def grid(self) -> int:
@@ -121,24 +120,20 @@ class Config:
 
     @property
     def jitter_strengths(self) -> Tensor:
-        """[4] float: strengths of brightness, contrast, saturation and hue.
-
-        deviation: strong jitter multiplies all four; half a turn already reaches every hue.
-        """
-        strengths = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue])
-        strengths = strengths * self.strength
-        strengths[3] = strengths[3].clamp(max=0.5)
+        """[4] float: strengths of brightness, contrast, saturation and hue."""
+        strengths = torch.tensor([float(getattr(self, name)) for name in JITTER]) * self.strength
+        strengths[JITTER.index("hue")].clamp_(max=0.5)  # half a turn already reaches every hue
         return strengths
 
     @property
     def jitter_range(self) -> Tensor:
-        """[2, 4] float: lowest and highest jitter parameters. Factors are 0 or more."""
+        """[2, 4] float: lowest and highest jitter parameters."""
         low = IDENTITY - self.jitter_strengths
-        low[:3].clamp_(min=0)
+        low = torch.where(IDENTITY == 1, low.clamp(min=0), low)  # factors are 0 or more
         return torch.stack([low, IDENTITY + self.jitter_strengths])
 
 
-# ---- Photometric actions: each image has its own parameters; they are the action ----------------
+# ---- Photometric transformations (the paper's source and target views), and the action a(x->y) ---
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -174,7 +169,7 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
 
     images: [B, 3, S, S] in 0..1. params: [B, 4], factors of brightness, contrast and saturation
     (0 or more), hue shift in turns; the identity is (1, 1, 1, 0). Returns [B, 3, S, S] in 0..1.
-    deviation: the order is fixed; a shuffled one could not be described by four numbers.
+    The order is fixed (deviation 6): four numbers could not describe a shuffled one.
     """
     brightness, contrast, saturation, hue = params[:, :, None, None, None].unbind(dim=1)
     images = (images * brightness).clamp(0, 1)
@@ -184,9 +179,9 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
 
 
 def blur_sigma(size: int) -> tuple[float, float]:
-    """Range of the blur's sigma in pixels, for images of `size` pixels.
+    """Range of the blur's sigma in pixels, for images of `size` pixels: DINO's, scaled.
 
-    deviation: DINO's 0.1-2.0 at 224 pixels, scaled by max(size / 224, 1/2).
+    DINO has 0.1 to 2.0 at 224 pixels. Below half of that the blur would vanish: it stays.
     """
     scale = max(size / 224, 0.5)
     return 0.1 * scale, 2.0 * scale
@@ -199,7 +194,8 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     taps = torch.arange(-radius, radius + 1, device=images.device)
     kernels = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
     kernels = (kernels / kernels.sum(dim=1, keepdim=True)).repeat_interleave(3, dim=0)
-    # a group for each channel of each image: along the rows, then along the columns
+    # conv2d takes one kernel for all images, but one for each group of channels: so all 3 B
+    # channels lie in one image, each its own group. Blur along the rows, then along the columns
     x = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1).unsqueeze(0)
     x = F.conv2d(x, kernels[:, None, None, :], groups=3 * B)
     x = F.conv2d(x, kernels[:, None, :, None], groups=3 * B)
@@ -214,8 +210,8 @@ def solarize(images: Tensor) -> Tensor:
 def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
     """Random resized crop (area crop_min..1, width / height 3/4..4/3) and flip. [B, 3, S, S].
 
-    deviation: I-JEPA's scale, torchvision's aspect; then a side longer than the image's is cut.
-    Cut from the image at its S x S pixels, not from the photograph.
+    A side that would be longer than the image's is cut. The crop is taken from the image at its
+    S x S pixels, not from the photograph.
     """
     B = len(images)
     draws = torch.rand(5, B, device=images.device, generator=generator)
@@ -228,7 +224,7 @@ def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
     height = (area / aspect).sqrt().clamp(max=1)
     # rows (scale, 0, offset): x and y in the crop, -1..1 -> where they are in the image, -1..1
     theta = torch.zeros(B, 2, 3, device=images.device)
-    theta[:, 0, 0] = torch.where(u_flip < 0.5, -width, width)  # a negative width mirrors
+    theta[:, 0, 0] = torch.where(u_flip < 0.5, -width, width)  # the flip: x runs backwards
     theta[:, 1, 1] = height
     theta[:, 0, 2] = (2 * u_x - 1) * (1 - width)
     theta[:, 1, 2] = (2 * u_y - 1) * (1 - height)
@@ -250,9 +246,8 @@ def jitter_params(batch: int, config: Config, generator=None, device=None, alway
 def make_action(params_x: Tensor, params_y: Tensor, flags_x: Tensor, config: Config) -> Tensor:
     """a(x->y) [B, 7]: jitter parameters of y minus those of x, then x's destructive flags [B, 3].
 
-    A flag of 1 says: x was degraded, y is not.
-    deviation: differences are divided by the jitter strengths, so that each is of order 1; those
-    of hue are not wrapped.
+    A flag of 1 says: x was degraded, y is not. Differences are divided by the jitter strengths, so
+    that each is of order 1; those of hue are not wrapped.
     """
     strengths = config.jitter_strengths.to(params_x)
     return torch.cat([(params_y - params_x) / strengths.clamp(min=1e-8), flags_x], dim=1)
@@ -263,7 +258,7 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
     """Source x and target y, pixel-aligned views of one crop, and the action a(x->y).
 
     images: [B, 3, S, S] float in 0..1. Returns x and y, both [B, 3, S, S] in 0..1, and a [B, 7].
-    deviation: both views are jittered independently; neither is made from the other.
+    Both are jittered independently: neither is made from the other (deviation 6).
     """
     images = random_crop_flip(images, config, generator)
     B, device = len(images), images.device
@@ -284,15 +279,16 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
     return x, y, make_action(params_x, params_y, flags, config)
 
 
-# ---- Masks: a union of rectangles is masked, the rest is context; equal counts everywhere --------
+# ---- Masks (I-JEPA's multi-block): a union of rectangles is masked, the rest is the context ------
 
 
-def block_unions(n: int, grid: int, config: Config, generator=None, device=None) -> Tensor:
+def block_unions(n: int, config: Config, generator=None, device=None) -> Tensor:
     """n random unions of rectangles. -> [n, grid, grid] bool, True is masked.
 
-    deviation: each rectangle has its own size, in whole patches (4 to 6 % of 8 x 8: 2 or 4), and
-    may touch every border; I-JEPA's share a size and never reach the last row and column.
+    Each rectangle has its own size, in whole patches (4 to 6 % of 8 x 8: 2 or 4), and may touch
+    every border. I-JEPA's share a size and never reach the last row and column.
     """
+    grid = config.grid
     draws = torch.rand(4, n, config.blocks, device=device, generator=generator)
     u_area, u_aspect, u_top, u_left = draws
     area = grid**2 * (config.block_min + (config.block_max - config.block_min) * u_area)
@@ -307,25 +303,26 @@ def block_unions(n: int, grid: int, config: Config, generator=None, device=None)
     return (rows[..., :, None] & columns[..., None, :]).any(dim=1)
 
 
-def sample_masks(batch: int, grid: int, config: Config, generator=None, device=None):
-    """Patch indices (row * grid + column): [B, K] of the context, [B, M] of the masked, int64,
-    each in random order.
+def sample_masks(batch: int, config: Config, generator=None, device=None) -> tuple[Tensor, Tensor]:
+    """Patch indices (row * grid + column), int64: [B, K] of the context, [B, M] of the masked.
 
-    deviation: every image has the same M. Of 16 candidate unions the one nearest in size is kept;
-    then patches chosen at random (not in raster order) join or leave it until it has M.
+    Every image has the same M, and so fits into a batch. Of 16 candidate unions the one nearest in
+    size is kept; then patches drawn at random join or leave it until it has M.
     """
-    M = min(max(round((1 - config.context) * grid**2), 1), grid**2 - 1)
-    candidates = block_unions(16 * batch, grid, config, generator, device)
+    N = config.grid**2
+    M = min(max(round((1 - config.context) * N), 1), N - 1)
+    candidates = block_unions(16 * batch, config, generator, device)
     candidates = rearrange(candidates, "(c b) h w -> c b (h w)", c=16)
     nearest = (candidates.sum(dim=2) - M).abs().argmin(dim=0)  # [B]
     union = candidates[nearest, torch.arange(batch, device=device)]  # [B, N]
-    # sort keys: 0..0.5 outside the union, 1..1.5 inside; the M largest are masked
+    # sort patches at random, but those outside the union (keys 0 to 0.5) before those inside
+    # (1 to 1.5): the last M are masked
     keys = union + 0.5 * torch.rand(union.shape, device=device, generator=generator)
     order = keys.argsort(dim=1)
     return order[:, :-M], order[:, -M:]
 
 
-# ---- ViT: the encoder f. It runs on the patches it is given: masking makes it cheaper -----------
+# ---- Encoder f (a ViT): it runs on the context patches only, so masking makes it cheaper ---------
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
@@ -352,7 +349,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. [B, tokens, width] -> same.
+    """Pre-norm transformer block of encoder and predictor. [B, tokens, width] -> same.
 
     Free to change, as long as the shape stays and the two output layers are named proj and fc2.
     """
@@ -377,7 +374,7 @@ class Block(nn.Module):
 def init_weights(network: "ViT | Predictor"):
     """Xavier-uniform weights, zero biases (MAE); output projections of block i over sqrt(2 i).
 
-    deviation: Xavier; I-JEPA's normal 0.02 leaves patches faint beside positions at small widths.
+    I-JEPA's normal 0.02 leaves patches faint beside positions at small widths (deviation 7).
     """
     for module in network.modules():
         if isinstance(module, nn.Linear):
@@ -396,7 +393,7 @@ class ViT(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.patch = config.patch
+        self.grid, self.patch = config.grid, config.patch
         self.embed = nn.Linear(3 * config.patch**2, config.width)
         blocks = [Block(config.width, config.heads) for _ in range(config.depth)]
         self.blocks = nn.Sequential(*blocks)
@@ -407,17 +404,16 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor, context: Tensor | None = None) -> Tensor:
         """context: [B, K] indices of the patches to see; None means all N of them, in order."""
-        images = (images - 0.5) / 0.25  # deviation: normalised here, the same for every data set
-        patches = rearrange(
-            images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch
-        )
+        images = (images - 0.5) / 0.25  # normalised here, the same for every data set
+        sides = dict(h=self.grid, w=self.grid, p=self.patch, q=self.patch)
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", **sides)
         positions = self.positions
         if context is not None:
             patches, positions = gather(patches, context), positions[context]
         return self.norm(self.blocks(self.embed(patches) + positions))
 
 
-# ---- Predictor: the world model p. Context latents and action in, imagined latents out ----------
+# ---- Predictor p, the world model, and its conditioning on the action ---------------------------
 
 
 class Predictor(nn.Module):
@@ -435,11 +431,10 @@ class Predictor(nn.Module):
         self.out = nn.Linear(W, D)
         self.register_buffer("positions", sincos_positions(W, config.grid), persistent=False)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        if self.conditioning == "sequence":  # a linear layer R -> R^W for each of the A scalars
-            # deviation: of initial scale 1, as large as a latent's embedding
-            self.action_weight = nn.Parameter(torch.randn(A, W))
+        if self.conditioning == "sequence":  # a linear layer R -> R^W for each of the A scalars,
+            self.action_weight = nn.Parameter(torch.randn(A, W))  # as large as a latent's embedding
             self.action_bias = nn.Parameter(torch.randn(A, W))
-        # deviation: these three layers stand in every conditioning, so that only the action differs
+        # these three layers stand in every conditioning, so that only the action differs
         more = A if self.conditioning == "feature" else 0
         self.mix = nn.Sequential(
             nn.Linear(W + more, W), nn.ReLU(), nn.Linear(W, W), nn.ReLU(), nn.Linear(W, W)
@@ -453,8 +448,12 @@ class Predictor(nn.Module):
         [B, A]; extra: [B, any, W] further input tokens, such as a task's.
         """
         latents = self.embed(z) + self.positions[context]
-        parts = [extra, self.action_tokens(action, asked), latents, self.mask_tokens(action, asked)]
-        x = self.blocks(torch.cat([part for part in parts if part is not None], dim=1))
+        parts = [latents, self.mask_tokens(action, asked)]
+        if self.conditioning == "sequence":
+            parts = [self.action_tokens(action, asked), *parts]
+        if extra is not None:
+            parts = [extra, *parts]
+        x = self.blocks(torch.cat(parts, dim=1))
         return self.out(self.norm(x[:, -asked.shape[1] :]))  # the mask tokens are the last M
 
     def mask_tokens(self, action: Tensor, asked: Tensor) -> Tensor:
@@ -464,10 +463,8 @@ class Predictor(nn.Module):
             tokens = torch.cat([tokens, repeat(action, "b a -> b m a", m=asked.shape[1])], dim=2)
         return self.mix(tokens)
 
-    def action_tokens(self, action: Tensor, asked: Tensor) -> Tensor | None:
+    def action_tokens(self, action: Tensor, asked: Tensor) -> Tensor:
         """`sequence`: each of the A scalars is a token, [B, A, W], or twice: [B, 2A, W]."""
-        if self.conditioning != "sequence":
-            return None
         tokens = action.unsqueeze(2) * self.action_weight + self.action_bias
         # deviation: asked for all N, about 2N tokens compete with the action: it joins twice
         copies = 2 if asked.shape[1] == len(self.positions) else 1
@@ -479,7 +476,7 @@ class Predictor(nn.Module):
         return self(z, positions, positions, action, extra)
 
 
-# ---- IWM: encoder, teacher, predictor, loss; and the world model used: imagine, plan ------------
+# ---- IWM: the latent objective, the EMA teacher; and the world model used: imagine, plan --------
 
 
 class IWM(nn.Module):
@@ -500,14 +497,14 @@ class IWM(nn.Module):
         c = self.config
         with torch.autocast(images.device.type, enabled=False):  # pixels stay out of bfloat16
             x, y, action = make_views(images, c, generator)
-        context, masked = sample_masks(len(x), c.grid, c, generator, x.device)
+        context, masked = sample_masks(len(x), c, generator, x.device)
         asked = masked
-        if c.predict_all:  # deviation: also where the encoder sees x, as MRR and finetuning ask
+        if c.predict_all:  # also where the encoder sees x, as MRR and finetuning ask (deviation 2)
             asked = torch.arange(c.grid**2, device=x.device).expand(len(x), -1)
         z = self.encoder(x, context)  # z = f(x), [B, K, D]
         z_hat = self.predictor(z, context, asked, action)  # z_hat = p(z, a, m), [B, M, D]
         h = gather(self.targets(y), asked)  # h = teacher(y), [B, M, D]
-        # deviation: the mean where the paper has a sum; Adam's step is the same
+        # the mean where the paper has a sum: Adam's step is the same
         return (z_hat.float() - h).square().mean()
 
     forward = loss  # what DistributedDataParallel calls
@@ -516,7 +513,7 @@ class IWM(nn.Module):
     def targets(self, images: Tensor) -> Tensor:
         """The teacher's latents, to be imagined. [B, 3, S, S] in 0..1 -> [B, N, D] float.
 
-        deviation: layer-normed without affine, as I-JEPA does.
+        They are layer-normed without affine, as in I-JEPA (deviation 5).
         """
         h = self.teacher(images).float()
         return F.layer_norm(h, h.shape[-1:]) if self.config.target_norm else h
@@ -530,21 +527,24 @@ class IWM(nn.Module):
     def imagine(self, images: Tensor, action: Tensor) -> Tensor:
         """Imagine the targets of images that an action has changed, everywhere. -> [B, N, D].
 
-        images: [B or 1, 3, S, S] in 0..1, unmasked (1: encoded once for all); action: [B, A].
+        images: [B, 3, S, S] in 0..1, unmasked, or one image [1, 3, S, S] for all; action: [B, A].
         """
         z = self.encoder(images).expand(len(action), -1, -1)
         return self.predictor.everywhere(z, action)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def plan(self, images: Tensor, goals: Tensor, steps: int = 60, lr: float = 0.1) -> Tensor:
         """Which jitter turns images into goals? Both [B, 3, S, S] in 0..1 -> parameters [B, 4].
 
         Gradient descent (Adam) on the action, through the frozen world model: what is imagined must
         meet the goals' targets. `lr` is in units of the jitter's strengths. The parameters found
-        stay in the jitter's range; units as in `jitter`.
+        stay in the jitter's range; units as in `jitter`. Not in the paper.
         """
+        if self.config.conditioning == "none":  # not told the action, it cannot plan
+            return IDENTITY.to(images).repeat(len(images), 1)
         h, z = self.targets(goals), self.encoder(images)
-        # the range of the parameters, as actions; their flags are 0
+        # the ends of the parameters' range, as actions: the search stays between them
         low, high = bank_actions(self.config.jitter_range.to(z.device), self.config)
         action = torch.zeros(len(images), len(ACTION), device=z.device, requires_grad=True)
         optimizer = torch.optim.Adam([action], lr=lr)
@@ -552,7 +552,6 @@ class IWM(nn.Module):
             with torch.enable_grad():
                 z_hat = self.predictor.everywhere(z, action).float()
                 error = (z_hat - h).square().mean(dim=(1, 2)).sum()  # each image has its own
-                error = error + 0 * action.sum()  # `none` never reads the action
             action.grad = torch.autograd.grad(error, action)[0]
             optimizer.step()
             action.clamp_(low, high)
@@ -560,14 +559,14 @@ class IWM(nn.Module):
         return IDENTITY.to(z.device) + change
 
 
-# ---- Measures: is it a world model (MRR, planning)? what do the latents hold? -------------------
+# ---- Is it a world model? Mean reciprocal rank (MRR) --------------------------------------------
 
 
 def ranks(imagined: Tensor, bank: Tensor) -> Tensor:
     """Rank of each true variant in the bank by L2 distance from the imagined one, 1 = nearest.
 
     imagined, bank: [V, ...]; imagined[i] should be nearest to bank[i]. Returns [V] float, CPU.
-    deviation: a tie gets the mean of the best and the worst rank it could have.
+    A tie gets the mean of the best and the worst rank it could have: it must not help.
     """
     a, b = imagined.flatten(1).cpu().double(), bank.flatten(1).cpu().double()
     distance = torch.cdist(a, b)
@@ -578,13 +577,12 @@ def ranks(imagined: Tensor, bank: Tensor) -> Tensor:
     return (best + worst) / 2
 
 
-def mean_reciprocal_rank(imagined: Tensor, bank: Tensor) -> float:
-    """Mean of 1 / rank over the V variants of an image: 1 is perfect, H(V) / V is chance."""
-    return (1 / ranks(imagined, bank)).mean().item()
-
-
 def chance(V: int) -> float:
-    """MRR of an action-blind predictor: H(V) / V, 0.0239 for V = 256."""
+    """MRR of an action-blind predictor: H(V) / V, 0.0239 for V = 256.
+
+    It imagines one and the same thing V times. Each variant is the true one once, so the true ones
+    take the ranks 1 to V once each, and the mean of 1 / rank is (1/1 + 1/2 + ... + 1/V) / V.
+    """
     return sum(1 / i for i in range(1, V + 1)) / V
 
 
@@ -607,17 +605,20 @@ def variants(model: IWM, image: Tensor, params: Tensor) -> tuple[Tensor, Tensor,
     return images, model.targets(images), imagined.float()
 
 
-def measure_mrr(model: IWM, images: Tensor, generator=None) -> dict[str, float]:
+def measure_mrr(
+    model: IWM, images: Tensor, generator=None, jitter_of: Config | None = None
+) -> dict[str, float]:
     """mrr, hit1, hit5, mrr_pooled and chance, over clean images [B, 3, S, S] in 0..1.
 
-    mrr, hit1, hit5 compare patch by patch, mrr_pooled the means over the patches.
-    deviation: teacher's targets of the bank, student's latents of the image, all positions, L2;
-    a bank is jittered only, always, at the model's own strength.
+    mrr, the mean of 1 / rank, and the shares of ranks up to 1 and 5 compare patch by patch
+    (deviation 8), mrr_pooled the means over the patches. The bank's latents are the teacher's, the
+    clean image's the student's. A bank is always jittered, and nothing else, in the range of
+    `jitter_of`: of the model's own configuration, or of another one.
     """
-    rank, pooled = [], []
+    rank, pooled, V = [], [], model.config.bank
     for image in images.split(1):
-        V = model.config.bank
-        params = jitter_params(V, model.config, generator, image.device, always=True)
+        jitter_range = jitter_of or model.config
+        params = jitter_params(V, jitter_range, generator, image.device, always=True)
         _, bank, imagined = variants(model, image, params)
         rank.append(ranks(imagined, bank))
         pooled.append(ranks(imagined.mean(dim=1), bank.mean(dim=1)))

@@ -10,7 +10,8 @@
     torchrun --nproc_per_node=2 train.py           # several devices share the batch
 
 A run folder holds config.json, metrics.jsonl (held-out images), result.json (test images, read once
-at the end), last.pt, views.png, retrieval.png (its top: strip.png), plan.png and curves.png.
+at the end), last.pt and the pictures: imagine.gif, views.png, retrieval.png (its top: strip.png),
+plan.png and curves.png.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from tqdm import tqdm
 import iwm
 from iwm import IWM, setting
 from lab import machine
-from lab.data import load_data, to_float
-from lab.machine import QUIET, autocast, bf16, peak_memory, set_up, write_whole
+from lab.data import fingerprint, load_data, to_float
+from lab.machine import QUIET, autocast, bf16, peak_memory, set_up, whole
 from lab.measures import measure, report, table
 from lab.pictures import draw, draw_curves
 
@@ -45,34 +46,27 @@ class Recipe(iwm.Config):
     """Every setting of a run; the command line is made from it."""
 
     data: str = setting("shapes", "shapes | cifar10 | cifar100 | a folder with train/ and test/")
-    # optimisation; deviation: fitted to runs of a few thousand steps
-    steps: int = setting(2400, "optimiser steps", 1)
-    batch_size: int = setting(64, "images a step", 1)
-    lr: float = setting(1e-3, "peak learning rate; lower it if RankMe falls to 1", 1e-12, 100)
-    warmup: float = setting(0.1, "share of the steps in which the learning rate rises", 0, 1)
-    weight_decay: float = setting(0.04, "of AdamW at the start, not on biases and norms", 0, 100)
-    weight_decay_end: float = setting(0.4, "at the end, reached along a cosine", 0, 100)
-    ema: float = setting(0.995, "teacher's first momentum, rises linearly to 1", 0, 1)
-    seed: int = setting(0, "of weights, data order, views and masks", 0, 10**9 - 1)
-    # measuring: short runs measure less often and on fewer images
-    measurements: int = setting(4, "how often a long run measures itself", 1)
-    mrr_images: int = setting(
-        32, "test images that MRR averages over, a share of them in short runs", 1, 500
-    )
+    # optimisation, fitted to runs of a few thousand steps
+    steps: int = setting(2400, "optimiser steps")
+    batch_size: int = setting(64, "images a step")
+    lr: float = setting(1e-3, "peak learning rate; lower it if RankMe falls to 1")
+    warmup: float = setting(0.1, "share of the steps in which the learning rate rises")
+    weight_decay: float = setting(0.04, "of AdamW at the start, not on biases and norms")
+    weight_decay_end: float = setting(0.4, "at the end, reached along a cosine")
+    ema: float = setting(0.995, "teacher's first momentum, rises linearly to 1")
+    seed: int = setting(0, "of weights, data order, views and masks")
+    # measuring
+    measure_every: int = setting(600, "steps between measurements on held-out images")
+    mrr_images: int = setting(32, "test images that MRR and planning average over at the end")
     # machine
     bf16: bool = setting(True, "compute in bfloat16 where the device has it")
     compile: bool = setting(False, "torch.compile the networks: a slow start, faster steps")
 
-    @property
-    def effort(self) -> float:
-        """Share of a full measurement that a run of so many steps is worth."""
-        return min(1.0, max(0.1, self.steps / 2400))
 
-
-# deviation: hide little and take the loss at all patches, for a better world model
+# hide little (deviation 1) and take the loss at all patches (deviation 2): a better world model
 LESS = dict(block_min=0.04, block_max=0.06, context=0.82, predict_all=True)
-# deviation: small models see colour change three times as much, to learn their action in minutes;
-# their predictor is nearly the encoder's size
+# small models see colour change three times as much (deviation 3), to learn their action in
+# minutes; their predictor is nearly the encoder's size (deviation 4)
 SMALL = dict(
     image_size=32, patch=4, width=128, depth=4, heads=4, pred_width=96, pred_depth=6,
     saturation=0.6, hue=0.3,
@@ -80,19 +74,24 @@ SMALL = dict(
 PRESETS = {
     # four rectangles hide 12 of 64 patches; 16 minutes of two CPU cores, MRR 0.88
     "shapes": Recipe(**SMALL, **LESS),
-    # one hides 6 of them; 5 minutes of a GPU, MRR 0.88
+    # one hides 6 of them; 7 minutes of a GPU, MRR 0.88
     "cifar": Recipe(
         **SMALL, blocks=1, block_min=0.09, block_max=0.11, context=0.91, predict_all=True,
-        data="cifar10", steps=14_000, batch_size=32,
+        data="cifar10", steps=14_000, batch_size=32, measure_every=3500,
     ),
     # 70 minutes of a GPU; 2,000 steps of 128 have MRR 0.72, never trained to its end
     "imagenet100": Recipe(
         **LESS, data="", image_size=160, width=384, depth=12, heads=6, pred_width=192,
-        pred_depth=12, steps=100_000, batch_size=256, ema=0.996,
+        pred_depth=12, steps=100_000, batch_size=256, ema=0.996, measure_every=10_000,
     ),
     # the paper's masks and loss; timed on a GPU, never trained
-    "paper": Recipe(data="", steps=375_000, batch_size=1024, warmup=40 / 300, ema=0.996),
+    "paper": Recipe(
+        data="", steps=375_000, batch_size=1024, warmup=40 / 300, ema=0.996, measure_every=25_000
+    ),
 }  # fmt: skip
+
+
+# ---- Training: batches, schedules, optimiser, a step, the loop -----------------------------------
 
 
 def batches(images: Tensor, recipe: Recipe, start: int, device):
@@ -116,96 +115,6 @@ def batches(images: Tensor, recipe: Recipe, start: int, device):
             yield now
 
 
-# ---- The run folder and the command line ---------------------------------------------------------
-
-
-def parse(argv=None) -> tuple[argparse.Namespace, dict]:
-    """Command line -> the options, and the settings of Recipe that were given."""
-    wide = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=120)
-    text = f"{__doc__}\nIn brackets: the value in the preset shapes."
-    parser = argparse.ArgumentParser(description=text, formatter_class=wide)
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, help="where to start from (default: what suits --data)")
-    add("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ)")
-    add("--device", help="cuda, mps or cpu (default: the first that is there)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--measure", type=Path, metavar="CHECKPOINT", help="measure it, draw it, train nothing")
-    add("--table", type=Path, nargs="+", metavar="RUN", help="print a table of finished runs")
-    for f in fields(Recipe):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        help = f"{f.metadata['help']} ({getattr(PRESETS['shapes'], f.name)})"
-        add(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=help, **kind)
-    parser.error = lambda message: sys.exit(f"{message}; see --help")  # not the list of all flags
-    args = parser.parse_args(argv)
-    return args, {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
-
-
-def change(recipe: Recipe, given: dict) -> Recipe:
-    """The recipe with the given settings; one line if one of them is out of its range."""
-    try:
-        return replace(recipe, **given)
-    except ValueError as error:
-        sys.exit(f"{error}")
-
-
-def choose_recipe(args, given: dict) -> tuple[Recipe, Path]:
-    """The preset with the given settings, or the recipe of the run to go on with; its folder."""
-    usual = {"shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
-    data = given.get("data", "shapes")
-    preset = args.preset or usual.get(data, "imagenet100")  # any other data is a folder
-    recipe = PRESETS[preset]
-    changed = [f"{n}={Path(str(v)).name}" for n, v in given.items() if v != getattr(recipe, n)]
-    out = args.out or Path("runs") / ",".join([preset, *changed])[:200]
-    stored = out / "config.json"
-    if not stored.exists():
-        return change(recipe, given), out
-    if not args.resume:
-        sys.exit(f"{out} holds a run already: add --resume to go on, or choose another --out")
-    recipe = Recipe(**json.loads(stored.read_text()))
-    wanted = (asdict(PRESETS[preset]) if args.preset else {}) | given
-    differs = [f"{n} was {getattr(recipe, n)}, now {v}" for n, v in wanted.items()
-               if n != "data" and v != getattr(recipe, n)]  # fmt: skip
-    if differs:
-        sys.exit(f"{out} cannot go on with other settings: {'; '.join(differs)}")
-    return replace(recipe, data=given.get("data", recipe.data)), out  # data may have moved
-
-
-def read_checkpoint(path: Path | str, device) -> dict:
-    """What `save` wrote. Read with weights_only: nothing in it is run."""
-    path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
-    if not path.exists():
-        sys.exit(f"{path} does not exist: name a run's folder or its last.pt")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        return state | {"config": Recipe(**state["config"])}
-    except Exception as error:  # foreign bytes can raise anything
-        sys.exit(f"{path} is no checkpoint of train.py ({type(error).__name__})")
-
-
-def load_checkpoint(path: Path | str, device) -> IWM:
-    """A checkpoint of train.py -> IWM, frozen."""
-    state = read_checkpoint(path, device)
-    model = IWM(state["config"]).to(device)
-    model.load_state_dict(state["model"])
-    return model.requires_grad_(False)
-
-
-def measure_checkpoint(args, given: dict, device):
-    """--measure: the pictures and the last table of a checkpoint, on the data given."""
-    model = load_checkpoint(args.measure, device)
-    model.config = change(model.config, given)
-    path = args.measure.resolve()
-    name = path.parent.name if path.stem == "last" else path.stem
-    out = args.out or Path("runs") / f"measured-{name}"
-    data = load_data(replace(model.config, batch_size=1), device, out.parent / "cache")
-    draw(model, data, out)
-    report(model, data, out)
-
-
-# ---- Training ------------------------------------------------------------------------------------
-
-
 def schedule(step: int, recipe: Recipe) -> tuple[float, float, float]:
     """Learning rate (linear warm-up, cosine to 1e-6), weight decay (cosine), EMA (linear to 1)."""
     warmup, done = recipe.warmup * recipe.steps, step / recipe.steps
@@ -221,7 +130,7 @@ def schedule(step: int, recipe: Recipe) -> tuple[float, float, float]:
 
 
 def make_optimizer(model: IWM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; weight decay not on biases and 1-D weights (I-JEPA). deviation: beta2 is 0.95."""
+    """AdamW; no weight decay on biases and 1-D weights, as in I-JEPA."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in named if p.ndim > 1 and not name.endswith("bias")]
     others = [p for name, p in named if p.ndim <= 1 or name.endswith("bias")]
@@ -247,29 +156,173 @@ def train_step(model, optimizer, images: Tensor, step: int, recipe: Recipe, gene
     return loss.detach()
 
 
-def save(out: Path, model: IWM, optimizer, log: dict):
-    """last.pt: all that --resume needs; metrics.jsonl."""
-    state = {"config": asdict(model.config), "model": model.state_dict()}
-    state |= {"optimizer": optimizer.state_dict()} | log
-    write_whole(out / "last.pt", lambda aside: torch.save(state, aside))
-    lines = "".join(json.dumps(m) + "\n" for m in log["metrics"])
-    write_whole(out / "metrics.jsonl", lambda aside: aside.write_text(lines))
+def train(recipe: Recipe, data: dict, out: Path, device, resume: bool = False) -> tuple[IWM, float]:
+    """Train to the end, from the beginning or from out/last.pt -> the model, and the seconds."""
+    torch.manual_seed(recipe.seed)
+    model = IWM(recipe).to(device)
+    optimizer = make_optimizer(model, recipe)
+    step, before, losses, metrics, identity = 0, 0.0, [], [], fingerprint(data)
+    if resume and (out / "last.pt").exists():
+        state = read_checkpoint(out, device)
+        if state.get("data", identity) != identity:
+            sys.exit(f"{out} was trained on other images than those of {recipe.data}")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, before, losses, metrics = (state[k] for k in ("step", "seconds", "losses", "metrics"))
+    began, first = time.monotonic(), machine.RANK == 0  # only the first process writes
+
+    def seconds():
+        return before + time.monotonic() - began
+
+    def save():
+        state = dict(config=asdict(recipe), data=identity, step=step, seconds=seconds())
+        state |= dict(losses=losses, metrics=metrics)
+        state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+        with whole(out / "last.pt") as aside:
+            torch.save(state, aside)
+        (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
+
+    def record():
+        loss = statistics.mean(losses) if losses else None
+        now = dict(step=step, images=step * recipe.batch_size, seconds=seconds(), loss=loss)
+        now |= measure(model, data, "val", mrr_images=4, probe_images=2000)
+        now["memory_gib"] = peak_memory(device)
+        metrics.append(now)
+        losses.clear()
+        if now["rankme"] < min(2, metrics[0]["rankme"] / 2):
+            tqdm.write(
+                "RankMe has fallen below 2: collapsed, lower --lr or raise --ema", file=sys.stderr
+            )
+        save()
+        draw_curves(metrics, out / "curves.png")
+
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor)]
+    print(f"{out}: encoder {sizes[0]:,} and predictor {sizes[1]:,} parameters, "
+          f"{len(data['train'][1])} training images, {machine.WORLD} x {device}, "
+          f"bfloat16 {bf16(recipe, device)}, from step {step}")  # fmt: skip
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(recipe), indent=1))
+        if not metrics:
+            record()
+
+    if recipe.compile:
+        for part in (model.encoder, model.teacher, model.predictor):  # CUDA graphs on a GPU
+            part.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
+    step_model = nn.parallel.DistributedDataParallel(model) if machine.LAUNCHED else model
+    generator, running, saved = torch.Generator(device), [], time.monotonic()
+    bar = tqdm(total=recipe.steps, initial=step, disable=not first, **QUIET)
+    for images in batches(data["train"][0], recipe, step, device):
+        running.append(train_step(step_model, optimizer, images, step, recipe, generator))
+        step += 1
+        bar.update()
+
+        # now and then a look at the loss, a save or a measurement
+        due = step % recipe.measure_every == 0 or step == recipe.steps
+        late = time.monotonic() - saved > 120
+        if len(running) < 20 and not due and not late:
+            continue
+        losses += torch.stack(running).tolist()  # only here the host waits for the device
+        running.clear()
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        if not math.isfinite(losses[-1]):
+            sys.exit(f"the loss is not finite at step {step}: lower --lr")
+        if first and due:
+            record()
+        elif first and late:
+            save()
+        if due or late:
+            saved = time.monotonic()
+    bar.close()
+    return model, seconds()
 
 
-def record(out: Path, model: IWM, optimizer, log: dict, data: dict):
-    """Measure on held-out images, append it to the log and save."""
-    recipe, step = model.config, log["step"]
-    loss = statistics.mean(log["losses"]) if log["losses"] else None
-    now = dict(step=step, images=step * recipe.batch_size, seconds=log["seconds"], loss=loss)
-    sizes = math.ceil(recipe.effort * recipe.mrr_images / 8), math.ceil(recipe.effort * 2000)
-    now |= measure(model, data, "val", *sizes)
-    now["memory_gib"] = peak_memory(next(model.parameters()).device)
-    if step and now["rankme"] < 2:
-        tqdm.write("RankMe is below 2: collapsed, lower --lr or raise --ema", file=sys.stderr)
-    log["metrics"].append(now)
-    log["losses"] = []
-    save(out, model, optimizer, log)
-    draw_curves(log["metrics"], out / "curves.png")
+# ---- Checkpoints and the command line ------------------------------------------------------------
+
+
+def read_checkpoint(path: Path | str, device) -> dict:
+    """What `train` saved, its config as a Recipe. With weights_only: nothing in it is run."""
+    return machine.read_checkpoint(path, device, Recipe)
+
+
+def load_checkpoint(path: Path | str, device) -> IWM:
+    """A checkpoint of train.py -> IWM, frozen."""
+    state = read_checkpoint(path, device)
+    model = IWM(state["config"]).to(device)
+    model.load_state_dict(state["model"])
+    return model.requires_grad_(False)
+
+
+def parse(argv=None) -> tuple[argparse.Namespace, dict]:
+    """Command line -> the options, and the settings of Recipe that were given."""
+    wide = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=120)
+    text = f"{__doc__}\nIn brackets: the value in the preset shapes."
+    parser = argparse.ArgumentParser(description=text, formatter_class=wide)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="where to start from (default: what suits --data)")
+    add("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ)")
+    add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--measure", type=Path, metavar="CHECKPOINT", help="measure it, draw it, train nothing")
+    add("--table", type=Path, nargs="+", metavar="RUN", help="print a table of finished runs")
+    for f in fields(Recipe):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        help = f"{f.metadata['help']} ({getattr(PRESETS['shapes'], f.name)})"
+        add(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=help, **kind)
+    parser.error = lambda message: sys.exit(f"{message}; see --help")  # not the list of all flags
+    args = parser.parse_args(argv)
+    return args, {f.name: getattr(args, f.name) for f in fields(Recipe) if hasattr(args, f.name)}
+
+
+def change(recipe: Recipe, given: dict) -> Recipe:
+    """The recipe with the given settings; one line if a setting is wrong."""
+    try:
+        return replace(recipe, **given)
+    except ValueError as error:
+        sys.exit(f"{error}")
+
+
+def choose_recipe(args, given: dict) -> tuple[Recipe, Path]:
+    """The preset with the given settings, or the recipe of the run to go on with; its folder."""
+    usual = {"shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
+    data = given.get("data", "shapes")
+    preset = args.preset or usual.get(data, "imagenet100")  # any other data is a folder
+    recipe = PRESETS[preset]
+    changed = [f"{n}={Path(str(v)).name}" for n, v in given.items() if v != getattr(recipe, n)]
+    out = args.out or Path("runs") / ",".join([preset, *changed])
+    stored = out / "config.json"
+    if not stored.exists():
+        return change(recipe, given), out
+    if not args.resume:
+        sys.exit(f"{out} holds a run already: add --resume to go on, or choose another --out")
+    try:
+        recipe = Recipe(**json.loads(stored.read_text()))
+    except (TypeError, ValueError) as error:
+        sys.exit(f"{stored}: {error}")
+    wanted = (asdict(PRESETS[preset]) if args.preset else {}) | given
+    differs = [f"{n} was {getattr(recipe, n)}, now {v}" for n, v in wanted.items()
+               if n != "data" and v != getattr(recipe, n)]  # fmt: skip
+    if differs:
+        sys.exit(f"{out} cannot go on with other settings: {'; '.join(differs)}")
+    return replace(recipe, data=given.get("data", recipe.data)), out  # data may have moved
+
+
+def measure_checkpoint(args, given: dict, device):
+    """--measure: the pictures and the last table of a checkpoint, on the data given."""
+    model = load_checkpoint(args.measure, device)
+    free = ("data", "bank", "mrr_images", "bf16")  # the checkpoint decides everything else
+    differs = [f"{n} {getattr(model.config, n)}, not {v}" for n, v in given.items()
+               if n not in free and v != getattr(model.config, n)]  # fmt: skip
+    if differs:
+        sys.exit(f"{args.measure} was trained with {'; '.join(differs)}")
+    model.config = change(model.config, given)
+    file = args.measure / "last.pt" if args.measure.is_dir() else args.measure
+    name = file.resolve().parent.name if file.name == "last.pt" else file.stem
+    out = args.out or Path("runs") / f"measured-{name}"
+    data = load_data(replace(model.config, batch_size=1), device, out.parent / "cache")
+    out.mkdir(parents=True, exist_ok=True)
+    draw(model, data, out)
+    report(model, data, out)
 
 
 def main():
@@ -280,72 +333,19 @@ def main():
     if args.measure:
         return measure_checkpoint(args, given, device)
 
-    # data
     recipe, out = choose_recipe(args, given)
     if recipe.batch_size % machine.WORLD:
-        sys.exit(
-            f"batch_size {recipe.batch_size} must be a multiple of the {machine.WORLD} processes"
-        )
+        sys.exit(f"batch_size {recipe.batch_size} must be a multiple of the number of processes")
     if machine.RANK > 0:
         dist.barrier()  # rank 0 downloads or decodes first, the others find it done
     data = load_data(recipe, device, out.parent / "cache")
     if machine.LAUNCHED and machine.RANK == 0:
         dist.barrier()  # now the others may
 
-    # model
-    torch.manual_seed(recipe.seed)
-    model = IWM(recipe).to(device)
-    optimizer = make_optimizer(model, recipe)
-    log = {"step": 0, "seconds": 0.0, "losses": [], "metrics": []}
-    if args.resume and (out / "last.pt").exists():
-        state = read_checkpoint(out, device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        log = {name: state[name] for name in log}
-    if recipe.compile:
-        for part in (model.encoder, model.teacher, model.predictor):  # CUDA graphs on a GPU
-            part.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
-    step_model = nn.parallel.DistributedDataParallel(model) if machine.LAUNCHED else model
-    sizes = [sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.predictor)]
-    print(f"{out}: encoder {sizes[0]:,} and predictor {sizes[1]:,} parameters, "
-          f"{len(data['train'][1])} training images, {machine.WORLD} x {device}, "
-          f"bfloat16 {bf16(recipe, device)}, from step {log['step']}")  # fmt: skip
-    began, saved, running = time.monotonic() - log["seconds"], time.monotonic(), []
-    if machine.RANK == 0:
-        text = json.dumps(asdict(recipe), indent=1)
-        write_whole(out / "config.json", lambda aside: aside.write_text(text))
-    if machine.RANK == 0 and not log["metrics"]:
-        record(out, model, optimizer, log, data)
-
-    # the loop: a step, and now and then a look at the loss, a save or a measurement
-    generator = torch.Generator(device)
-    times = math.ceil(recipe.effort * recipe.measurements)
-    bar = tqdm(total=recipe.steps, initial=log["step"], disable=machine.RANK > 0, **QUIET)
-    for images in batches(data["train"][0], recipe, log["step"], device):
-        loss = train_step(step_model, optimizer, images, log["step"], recipe, generator)
-        running.append(loss)
-        log["step"] += 1
-        bar.update()
-        # due: this step completes another 1 / times of the run
-        due = log["step"] * times // recipe.steps > (log["step"] - 1) * times // recipe.steps
-        late = time.monotonic() - saved > 120
-        if len(running) < 20 and not due and not late:
-            continue
-        log["losses"] += torch.stack(running).tolist()  # only here the host waits for the device
-        running, log["seconds"] = [], time.monotonic() - began
-        bar.set_postfix(loss=f"{log['losses'][-1]:.3f}", refresh=False)
-        if not math.isfinite(log["losses"][-1]):
-            sys.exit(f"the loss is not finite at step {log['step']}: lower --lr")
-        if machine.RANK == 0 and due:
-            record(out, model, optimizer, log, data)
-        elif machine.RANK == 0 and late:
-            save(out, model, optimizer, log)
-        saved = time.monotonic() if due or late else saved
-    bar.close()
-
+    model, seconds = train(recipe, data, out, device, args.resume)
     if machine.RANK == 0:
         draw(model, data, out)
-        report(model, data, out, log["seconds"])
+        report(model, data, out, seconds)
     if machine.LAUNCHED:  # processes end together
         dist.barrier()
         dist.destroy_process_group()

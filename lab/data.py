@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import iwm
-from lab.machine import QUIET, write_whole
+from lab.machine import QUIET, whole
 
 SHAPES_IMAGES = {"train": 20_000, "val": 2_000, "test": 2_000}  # a split's position is its seed
 
@@ -123,22 +123,21 @@ def read_folder(folder: Path, size: int, cache: Path) -> tuple[Tensor, Tensor, l
     key = json.dumps([[(f, os.stat(f).st_size, os.stat(f).st_mtime) for f in files], size])
     decoded = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
 
-    def decode(aside):
-        pixels = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(files), 3, size, size))
-        damaged = []
-        with ThreadPool() as threads:
-            read = threads.imap(functools.partial(read_image, size=size), files)
-            read = tqdm(read, f"decoding {folder}, once", len(files), leave=False, **QUIET)
-            for i, image in enumerate(read):
-                if image is None:
-                    damaged.append(files[i])
-                else:
-                    pixels[i] = image
-        if damaged:
-            sys.exit(f"{len(damaged)} images are damaged: remove {', '.join(damaged)}")
-
     if not decoded.exists():
-        write_whole(decoded, decode)
+        cache.mkdir(parents=True, exist_ok=True)
+        with whole(decoded) as aside:
+            pixels = np.lib.format.open_memmap(aside, "w+", np.uint8, (len(files), 3, size, size))
+            damaged = []
+            with ThreadPool() as threads:
+                read = threads.imap(functools.partial(read_image, size=size), files)
+                read = tqdm(read, f"decoding {folder}, once", len(files), leave=False, **QUIET)
+                for i, image in enumerate(read):
+                    if image is None:
+                        damaged.append(files[i])
+                    else:
+                        pixels[i] = image
+            if damaged:
+                sys.exit(f"{len(damaged)} images are damaged: remove {', '.join(damaged)}")
     pixels = np.load(decoded, mmap_mode="c")
     return torch.from_numpy(pixels), torch.tensor(labels), listed.classes
 
@@ -208,3 +207,12 @@ def load_data(recipe, device, cache: Path) -> dict[str, tuple[Tensor, Tensor]]:
 def to_float(images: Tensor, device=None) -> Tensor:
     """uint8 0..255 -> float 0..1, on the device."""
     return images.to(device).float() / 255
+
+
+def fingerprint(data: dict[str, tuple[Tensor, Tensor]]) -> str:
+    """Tells data sets apart: a hash of all labels and of some images of each split."""
+    found = hashlib.sha256()
+    for images, labels in data.values():
+        found.update(labels.cpu().numpy().tobytes())
+        found.update(images[:: max(len(images) // 16, 1)].cpu().numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -1,18 +1,23 @@
-"""The machine: device, bfloat16, torchrun, writing a file whole."""
+"""The machine: device, bfloat16, torchrun, files that are written and read whole."""
 
 import ctypes
 import os
 import sys
+from contextlib import contextmanager
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from iwm import Config
+
 LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, and by nothing else
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # this process ...
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # ... of so many; only rank 0 writes
-QUIET = dict(mininterval=0.1 if sys.stderr.isatty() else 30)  # seconds between lines of a log file
+# seconds between updates of a progress bar, or between lines of a log file
+QUIET = dict(mininterval=0.1 if getattr(sys.stderr, "isatty", bool)() else 30)
 
 
 def set_up(name: str | None, shared: bool = False) -> torch.device:
@@ -55,12 +60,27 @@ def peak_memory(device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
 
 
-def write_whole(path: Path, write):
-    """Write aside, then rename: nobody ever sees half a file; a full disk leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def whole(path: Path):
+    """Write to the file it gives, which then becomes `path`: nobody ever sees half a file."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        write(aside)
+        yield aside
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path | str, device, kind=Config) -> dict:
+    """A checkpoint of train.py, its config as a `kind`. With weights_only: nothing in it is run."""
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    if not path.exists():
+        sys.exit(f"{path} does not exist: name a run's folder or its last.pt")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        known = {f.name for f in fields(kind)}  # a setting of another version is left out
+        config = kind(**{name: v for name, v in state["config"].items() if name in known})
+        return state | {"config": config}
+    except Exception as error:  # foreign bytes can raise anything
+        sys.exit(f"{path} is no checkpoint of train.py ({type(error).__name__})")

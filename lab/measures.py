@@ -15,7 +15,7 @@ from torch import Tensor
 import iwm
 from iwm import IDENTITY, IWM, JITTER, Config, jitter, jitter_params, variants
 from lab.data import to_float
-from lab.machine import autocast, bf16, peak_memory, write_whole
+from lab.machine import autocast, bf16, peak_memory
 
 
 def sweep_params(component: int, config: Config, n: int = 16) -> Tensor:
@@ -99,10 +99,11 @@ def linear_accuracy(
 
 
 @torch.no_grad()
-def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: int) -> dict:
-    """MRR, components and planning on clean images of a split; probes on more of them.
+def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images=None) -> dict:
+    """MRR, components and planning on clean images of a split; probes on more of them, or on all.
 
-    The probes read the teacher's mean-pooled latents and are fitted on training images.
+    mrr is on a bank of the model's own jitter, mrr_paper on one of the paper's. The probes read the
+    teacher's mean-pooled latents and are fitted on as many training images.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
@@ -117,6 +118,8 @@ def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images: i
         clean = images[:mrr_images]
         result = iwm.measure_mrr(model, clean, generator) | measure_components(model, clean)
         result |= measure_planning(model, clean, generator)
+        paper = iwm.measure_mrr(model, clean, generator, jitter_of=Config())
+        result |= {f"{name}_paper": paper[name] for name in ("mrr", "hit1")}
         result["target_std"] = model.targets(images).std(dim=(0, 1)).mean().item()
         known, asked = pooled("train"), pooled(split)
     result["rankme"] = rankme(asked[0])
@@ -131,42 +134,45 @@ def mean_std(values: list[float], digits: int = 1) -> str:
 
 
 def table(folders: list[Path]) -> str:
-    """Markdown. A run's name without its seed is its row: mean and deviation over the seeds."""
+    """Markdown. Runs that differ in their seed only are a row: mean and deviation."""
     rows: dict[str, list] = {}
     for folder in folders:
         if (folder / "result.json").exists():
-            name = re.sub(r",?seed=\d+", "", folder.name)
-            rows.setdefault(name, []).append(json.loads((folder / "result.json").read_text()))
+            run = json.loads((folder / "result.json").read_text())
+            settings = json.dumps(run["config"] | {"seed": None}, sort_keys=True)
+            rows.setdefault(settings, []).append(run | {"name": folder.name})
         elif folder.name != "cache":
             print(f"{folder} is no finished run: left out", file=sys.stderr)
     if not rows:
         sys.exit("--table found no finished run")
-    names = ("mrr", "hit1", "plan_left", "knn", "linear")
+    names = ("mrr", "mrr_paper", "hit1", "plan_left", "knn", "linear")
     lines = [f"| run | seeds | {' | '.join(names)} | minutes |", "|---" * (len(names) + 3) + "|"]
-    for row, runs in rows.items():
+    for runs in rows.values():
+        name = re.sub(r",?seed=\d+", "", runs[0]["name"])
         cells = [mean_std([run["trained"].get(n, math.nan) for run in runs], 3) for n in names]
         minutes = mean_std([(run["seconds"] or 0) / 60 for run in runs], 0)
-        lines.append(f"| {' | '.join([row, str(len(runs)), *cells, minutes])} |")
+        lines.append(f"| {' | '.join([name, str(len(runs)), *cells, minutes])} |")
     return "\n".join(lines)
 
 
 def report(model: IWM, data: dict, out: Path, seconds: float | None = None):
     """The last table: this network and a randomly initialised one on the test images."""
     recipe, device = model.config, next(model.parameters()).device
-    mrr, probes = math.ceil(recipe.effort * recipe.mrr_images), math.ceil(recipe.effort * 10_000)
-    few = math.ceil(mrr / 8)
-    print(f"measuring on test images (MRR and planning: {mrr}, untrained: {few}) ...")
+    few = math.ceil(recipe.mrr_images / 4)
+    print(f"measuring on test images (MRR and planning: {recipe.mrr_images}, random init: {few}; "
+          f"probes: all, fitted on {len(data['train'][1])} training images) ...")  # fmt: skip
     torch.manual_seed(recipe.seed)
-    trained = measure(model, data, "test", mrr, probes)
-    untrained = measure(IWM(recipe).to(device), data, "test", few, probes)
+    trained = measure(model, data, "test", recipe.mrr_images)
+    untrained = measure(IWM(recipe).to(device), data, "test", few)
     used = asdict(recipe) | {"bf16": bf16(recipe, device)}
     result = {"trained": trained, "random": untrained, "config": used}
     result |= {"seconds": seconds, "memory_gib": peak_memory(device)}
-    write_whole(out / "result.json", lambda aside: aside.write_text(json.dumps(result, indent=1)))
+    (out / "result.json").write_text(json.dumps(result, indent=1))
     by_class = 1 / (int(data["train"][1].max()) + 1)
-    chance = dict(mrr=iwm.chance(recipe.bank), hit1=1 / recipe.bank, plan_left=1)
-    chance |= dict(knn=by_class, linear=by_class)
+    chance = dict(mrr=iwm.chance(recipe.bank), mrr_paper=iwm.chance(recipe.bank))
+    chance |= dict(hit1=1 / recipe.bank, plan_left=1, knn=by_class, linear=by_class)
     print(f"\n{'test images':12} {'this run':>9} {'random init':>12} {'chance':>8}")
     for name, by_chance in chance.items():
         print(f"{name:12} {trained[name]:9.4f} {untrained[name]:12.4f} {by_chance:8.4f}")
-    print(f"\nsee {out}" if seconds is None else f"\n{seconds / 60:.1f} minutes; see {out}")
+    print("\nmrr: variants from the model's own jitter; mrr_paper: from the paper's")
+    print(f"see {out}" if seconds is None else f"{seconds / 60:.1f} minutes; see {out}")

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as TF
 import iwm
 from iwm import IDENTITY, IWM, JITTER
 from lab.data import to_float
-from lab.machine import autocast, write_whole
+from lab.machine import autocast
 from lab.measures import sweep_params
 
 
@@ -61,14 +61,14 @@ def sheet(rows: list, path: Path):
             if framed:
                 box = (left - 2, top - 2, left + 97, top + 97)
                 draw.rectangle(box, outline="limegreen", width=3)
-    write_whole(path, lambda aside: page.save(aside, format="PNG"))
+    page.save(path)
 
 
 def draw_views(images: Tensor, recipe, path: Path):
     """image | source | source's context | target | the action, of images [B, 3, S, S] in 0..1."""
     generator, device, g = torch.Generator(images.device).manual_seed(0), images.device, recipe.grid
     source, target, action = iwm.make_views(images, recipe, generator)
-    context, _ = iwm.sample_masks(len(images), g, recipe, generator, device)
+    context, _ = iwm.sample_masks(len(images), recipe, generator, device)
     seen = torch.zeros(len(images), g * g, device=device).scatter_(1, context, 1)
     seen = F.interpolate(seen.view(-1, 1, g, g), scale_factor=recipe.patch)  # [B, 1, S, S]
     visible = source * seen + 0.5 * (1 - seen)
@@ -138,4 +138,4 @@ def draw_curves(metrics: list[dict], path: Path):
             axis.plot([m["images"] for m in metrics], [m[name] for m in metrics], ".-", label=name)
         axis.set(xlabel="images seen", ylim=(0, None))
         axis.legend()
-    write_whole(path, lambda aside: figure.savefig(aside, dpi=80, format="png"))
+    figure.savefig(path, dpi=80)
