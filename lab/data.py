@@ -101,6 +101,17 @@ def _shapes(n: int, seed: int, size: int) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def load_shapes(size: int) -> dict[str, dict[str, Tensor]]:
+    """{"train" | "val" | "test": what `shapes` gives, and "segment"}.
+
+    segment is the class of each pixel, [n, size, size] int64: 0 is background, then the shapes.
+    """
+    splits = {s: shapes(n, seed, size) for seed, (s, n) in enumerate(SHAPES_IMAGES.items())}
+    for made in splits.values():
+        made["segment"] = made["mask"] * (made["shape"] + 1)[:, None, None]
+    return splits
+
+
 def read_image(file: str, size: int) -> np.ndarray | None:
     """The middle square of an image, upright, RGB [3, size, size] uint8; None if it is damaged."""
     try:
@@ -183,10 +194,8 @@ def load_data(recipe, device, cache: Path) -> dict[str, tuple[Tensor, Tensor]]:
     On a GPU when they fit into half of its free memory; else they stay, and `batches` copies.
     """
     if recipe.data == "shapes":
-        data = {}
-        for seed, (split, n) in enumerate(SHAPES_IMAGES.items()):
-            made = shapes(n, seed, recipe.image_size)
-            data[split] = made["images"], made["shape"]
+        made = load_shapes(recipe.image_size)
+        data = {split: (of["images"], of["shape"]) for split, of in made.items()}
     elif recipe.data in ("cifar10", "cifar100"):
         data = read_cifar(recipe.data, recipe.image_size)
     else:

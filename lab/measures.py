@@ -98,6 +98,50 @@ def linear_accuracy(
     return ((test @ weights).argmax(dim=1) == test_labels.cpu()).double().mean().item()
 
 
+def mean_iou(predicted: Tensor, truth: Tensor, classes: int) -> float:
+    """Mean over classes of intersection / union, over all pixels of int tensors of one shape.
+
+    A class that neither of them has does not count.
+    """
+    pairs = (truth.long() * classes + predicted.long()).flatten().bincount(minlength=classes**2)
+    confusion = pairs.view(classes, classes).cpu().double()
+    union = confusion.sum(dim=0) + confusion.sum(dim=1) - confusion.diagonal()
+    return (confusion.diagonal() / union)[union > 0].mean().item()
+
+
+@torch.no_grad()
+def probe(row: str, model: IWM, data: dict, seed: int) -> dict[str, float]:
+    """ "knn, WHOSE" or "linear, WHOSE": accuracy of a probe on mean-pooled latents, by split.
+
+    WHOSE: random init | encoder | teacher | predictor, on the null action | K imagined, the mean of
+    what the predictor imagines for K random actions. As in finetuning it gets the teacher's latents.
+    """
+    kind, whose = row.split(", ")
+    config, device = model.config, next(model.parameters()).device
+    torch.manual_seed(seed)
+    random, generator = IWM(config).to(device), torch.Generator(device).manual_seed(seed)
+    networks = {"random init": random.encoder, "encoder": model.encoder, "teacher": model.teacher}
+
+    def imagined(images):
+        z, unchanged = model.teacher(images), IDENTITY.to(device).expand(len(images), -1)
+        params = [unchanged]
+        if whose != "predictor":
+            draw = dict(generator=generator, device=device, always=True)
+            K = int(whose.split()[0])
+            params = [jitter_params(len(z), config, **draw) for _ in range(K)]
+        actions = (iwm.bank_actions(p, config) for p in params)
+        return sum(model.predictor.everywhere(z, a).float() for a in actions) / len(params)
+
+    encode = networks.get(whose, imagined)
+    read = {}
+    for split, (images, labels) in data.items():
+        with autocast(config, device):
+            parts = [encode(to_float(x, device)).float().mean(dim=1) for x in images.split(250)]
+        read[split] = torch.cat(parts), labels.to(device)
+    accuracy = knn_accuracy if kind == "knn" else linear_accuracy
+    return {split: accuracy(*read["train"], *read[split]) for split in ("val", "test")}
+
+
 @torch.no_grad()
 def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images=None) -> dict:
     """MRR, components and planning on clean images of a split; probes on more of them, or on all.

@@ -38,7 +38,7 @@ import lab.measures
 import lab.pictures
 import train
 from lab import machine
-from test_iwm import close, each, every_mode, seeded
+from test_iwm import close, each, every_mode, noise, seeded
 
 
 class TestProbes:
@@ -181,6 +181,9 @@ def call(monkeypatch, patch, capsys, tmp_path):
     return call
 
 
+FACTORS = ("shape", "colour", "texture", "background")
+
+
 def coded(labels):
     """For lab.data.shapes: images tell their factors; random labels are wrong for half a class."""
 
@@ -195,7 +198,7 @@ def coded(labels):
         coins = cat([coins, 1 - coins], dim=1)
         wrong = {"true": 0 * coins, "opposite": 0 * coins + 1, "random": coins}[labels[seed]]
         mask = left ^ wrong[4, :, None, None].bool()
-        return dict(zip(finetune.FACTORS, truth ^ wrong[:4]), images=images.byte(), mask=mask)
+        return dict(zip(FACTORS, truth ^ wrong[:4]), images=images.byte(), mask=mask)
 
     return shapes
 
@@ -208,11 +211,12 @@ def coded(labels):
 def test_only_what_images_tell_is_learned(labels, val, test, call, patch):
     call()
     patch(lab.data, SHAPES_IMAGES=dict.fromkeys(SPLITS, 320), shapes=coded(labels.split()))
-    ways = ["protocol=table", "task=segment --steps=120"]
+    patch(iwm, random_crop_flip=lambda images, *_: images)  # a crop would lose the code
+    ways = ["protocol=table", "task=segment --epochs=12"]
     if labels[0] == "t":
-        ways += ["protocol=average", "protocol=factors", "task=shape,colour"]
+        ways += ["protocol=average", "task=shape,colour"]
     for way in ways:
-        call(f"--steps=40 --batch-size=32 --lr=.02 --{way}", finetune)
+        call(f"--epochs=4 --batch-size=32 --lr=.02 --{way}", finetune)
     data = train.load_data(RECIPE, CPU, None)
     for split, (low, high) in (("val", val), ("test", test)):
         rows = [(row["row"], row[split]) for row in read("run/finetune.jsonl")]
@@ -320,16 +324,20 @@ def test_schedules_and_weight_decay_of_a_run(log, steps):
 @fixture
 def fitted(spy):
     """-> a network fitted to tasks a and b, what it saw."""
-    tasks = {n: finetune.Task({"train": (counted(16), arange(16))}) for n in "ab"}
+    tasks = {n: finetune.Task(marked() | {"train": (counted(16), arange(16))}) for n in "ab"}
     seen = []
-    spy(finetune.Network, "forward", lambda self, x, task: seen.append((task, numbers(x))))
 
-    def fitted(row, seed=0, model=None, steps=40):
+    def look(network, images, task):
+        seen.append((task, numbers((255 * images).round())))
+
+    spy(finetune.Network, "forward", look)
+
+    def fitted(row, seed=0, model=None, epochs=20.0):
         seen.clear()
         network = finetune.Network(row, model or small(), tasks, 0)
-        args = Namespace(steps=steps, batch_size=16, tasks=[*tasks])  # they share a batch
-        finetune.fit(network, tasks, 0.01, seed, args, "")
-        return network, [*seen]
+        args = Namespace(epochs=epochs, batch_size=16, lr=0.01)  # tasks share a batch
+        finetune.fit(network, tasks, seed, args, "")
+        return network, [(task, images) for task, images in seen if len(images) == 8]
 
     return fitted
 
@@ -342,6 +350,20 @@ def test_finetuning_has_each_image_once_an_epoch(fitted):
     assert len({*map(tuple, epochs)}) == 20, "epochs share an order"
     assert [task for task, _ in seen] == ["a", "b"] * 40, "a step has all tasks"
     assert fitted("attentive")[1] == seen != fitted("attentive", 1)[1], "order and seed"
+
+
+def test_finetuning_crops_images_and_the_labels_of_pixels_with_them():
+    """The class of a pixel is its brightness in steps of 50."""
+    labels = (
+        randint(5, (8, 4, 4), generator=seeded()).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    )
+    images = (50 * labels).byte()[:, None].expand(-1, 3, -1, -1)
+    task = finetune.Task({"train": (images, labels)})
+    x, truth = next(finetune.batches(task, 8, RECIPE, seeded(), CPU))
+    off = (255 * x[:, 0] / 50 - truth).abs()
+
+    assert sorted(numbers(255 * x)) != sorted(numbers(images)), "images are not cropped"
+    assert (off < 0.51).float().mean() > 0.9, "labels are not cropped with their images"
 
 
 @each("row, share", [("end-to-end", 0.1), ("scratch", 1)])
@@ -359,17 +381,16 @@ def test_schedule_and_weight_decay_of_finetuning(row, share, fitted, steps):
 def test_k_imagined_is_the_mean_over_k_actions(patch):
     actions = []
     look = lambda self, z, action: actions.append(action) or action[:, None]
-    patch(train.iwm.Predictor, everywhere=look)
+    patch(iwm.Predictor, everywhere=look)
     patch(lab.measures, linear_accuracy=lambda x, *_: x)
-    row = "linear, 5 imagined", small(), {"t": finetune.Task(marked())}, 0
-    found = finetune.closed_form_row(*row)["test"]["t"]
+    found = lab.measures.probe("linear, 5 imagined", small(), marked(), 0)["test"]
 
     assert len(actions) == 15, "5 for each split"
     assert len(cat(actions[:5]).unique(dim=0)) == 80, "each has its own"
     assert not found[:, 4:].any() and found.abs().max() < 1, "actions of the bank"
     close(found, sum(actions[:5]) / 5, "the mean")
     actions.clear()
-    finetune.closed_form_row("linear, predictor", *row[1:])
+    lab.measures.probe("linear, predictor", small(), marked(), 0)
     assert not cat(actions).any(), "the predictor's own row has the null action"
 
 
@@ -386,42 +407,39 @@ class TestNetwork:
 
         def score(network, name, task, split):
             network.heads[name] = nn.Identity()
-            return who(network(task.data[split][0], name))
+            return who(network(task.data[split][0] / 255, name))
 
         who = lambda x, *_: x.mean() + x.flatten()[0] / 1000  # ... which shows the seed
         predict = lambda self, z, *_: z + 10 + 10 * self.out.bias.mean()
-        patch(train.iwm.Predictor, everywhere=predict)
+        patch(iwm.Predictor, everywhere=predict)
         patch(lab.measures, knn_accuracy=lambda *x: who(*x) - 50, linear_accuracy=who)
-        patch(finetune, score=score, fit=lambda *_: None)
+        patch(finetune, score=score, fit=lambda *_: [{}])
         task = {"t": finetune.Task(marked())}
         for claim, row in [(c, row) for c in claims for row in claims[c]]:
-            trained = row in finetune.ROWS
-            more = [Namespace(lr=None)] * trained
-            by = finetune.trained_row if trained else finetune.closed_form_row
-            one, other = (by(row, small(), task, seed, *more) for seed in (0, 1))
+            one, other = (finetune.run_row(row, small(), task, seed, None) for seed in (0, 1))
             read, too = (found["test"]["t"].item() for found in (one, other))
             assert read == approx(claim - 50 * row.startswith("knn"), abs=0.1), row
             assert (read != too) == (claim in (0, 10)), f"{row}: only random weights have a seed"
-            assert one["lr"] == (finetune.ROWS[row][2] if trained else None), f"{row}: lr"
 
     @each("row", finetune.ROWS)
     def test_only_what_is_learned_moves(self, row, fitted):
-        model, frozen = small(), finetune.ROWS[row][0].startswith("frozen")
-        network, start = fitted(row, 0, model, 3)[0], fitted(row, 0, model, 1)[0].state_dict()
+        model, still = small(), finetune.ROWS[row][0] in ("frozen", "random")
+        network, start = fitted(row, 0, model, 1.5)[0], fitted(row, 0, model, 0.5)[0].state_dict()
 
         for name, p in network.named_parameters():
             moved = not equal(p, start[name])
-            assert moved != (frozen and name.startswith("encoder.")), f"{name} moved: {moved}"
+            assert moved != (still and name.startswith("encoder.")), f"{name} moved: {moved}"
         for name, p in small().state_dict().items():
             close(model.state_dict()[name], p, f"{name} of the checkpoint", 0)
 
     def test_the_predictor_gets_latents_the_null_action_and_the_task(self, fitted, spy):
         network, given = fitted("learned predictor")[0], []
-        spy(train.iwm.Predictor, "forward", lambda self, *x: given.extend(x))
-        network(counted(2), "b")
+        spy(iwm.Predictor, "forward", lambda self, *x: given.extend(x))
+        images = noise(2, 16)
+        network(images, "b")
         z, context, asked, action, token = given
 
-        close(z, network.encoder(counted(2) / 255), "latents of clean images")
+        close(z, network.encoder(images), "latents of clean images")
         close(stack([context, asked]), arange(4).expand(2, 2, 4), "all positions")
         close(action, zeros(2, 7), "the null action")
         close(token, network.task_tokens["b"].expand(2, -1, -1), "the token of the task")
@@ -436,17 +454,19 @@ def test_mean_iou_worked_by_hand():
 def test_table_of_finetuning_over_seeds(call, patch):
     made = lab.data.shapes(40, 0, 16)
 
-    def row(row, model, tasks, seed, *args):
+    def row(row, model, tasks, seed, args):
         for name, task in tasks.items():
             images, labels = task.data["train"]
             assert equal(images, made["images"][:5]) and equal(labels, made[name][:5]), name
-        return {"val": {}, "test": {t: seed / 10 for t in tasks}, "lr": None, "trainable": 7}
+        return {"val": {}, "test": {t: seed / 10 for t in tasks}, "trainable": 7}
 
     call()
-    patch(finetune, trained_row=row, closed_form_row=row)
+    patch(finetune, run_row=row)
     said = call("--task=shape,colour --seeds=2 --seed=4 --protocol=table --labels=5", finetune)
-    for line in ("linear, teacher | 7", "scratch, shared | 7", "scratch, one each | 14"):
+    for line in ("linear, teacher | 7", "scratch | 7"):
         assert f"| {line} | 45.0 ± 7.1 | 45.0 ± 7.1 |" in said
+    said = call("--seeds=2 --seed=4 --protocol=scratch --labels=5", finetune)
+    assert "| scratch | 7 | 45.0 ± 7.1 |" in said and "attentive" not in said, "one row"
 
 
 # ---- A run of train.py, and its data -------------------------------------------------------------
