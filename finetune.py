@@ -1,12 +1,11 @@
 """Use the learned world model: finetune the predictor on a task, beside its controls, in one table.
 
-    python finetune.py runs/shapes/last.pt                        # a short table, in minutes
-    python finetune.py runs/shapes/last.pt --epochs 25            # trained until nothing moves
-    python finetune.py runs/shapes/last.pt --protocol table --seeds 3  # probes, too, over seeds
-    python finetune.py runs/shapes/last.pt --task shape,colour    # several tasks with one predictor
-    python finetune.py runs/shapes/last.pt --task segment         # a class for each pixel: mIoU
-    python finetune.py runs/shapes/last.pt --protocol average     # probe K imagined variants' mean
-    python finetune.py assets/cifar.pt --data cifar10             # the published weights
+    python finetune.py runs/shapes/last.pt                      # a short table, in minutes
+    python finetune.py runs/shapes/last.pt --epochs 25          # trained until nothing moves
+    python finetune.py runs/shapes/last.pt --protocol table     # with kNN and linear probes
+    python finetune.py runs/shapes/last.pt --protocol average   # probes of K imagined variants' mean
+    python finetune.py runs/shapes/last.pt --task shape,colour  # several tasks with one predictor
+    python finetune.py runs/shapes/last.pt --task segment       # a class for each pixel: mIoU
 
 The predictor gets the latents of the clean image, a mask token at every position and the null
 action: it predicts the whole, untransformed image. A learned query reads what it predicts. A row is
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -50,7 +50,7 @@ ROWS = {
 }
 LEARNED = 0.1  # learned weights have this share of the learning rate of new ones, as in the paper
 PROTOCOLS = {
-    "rows": list(ROWS),
+    "rows": [*ROWS],
     "table": ["knn, random init", "knn, teacher", "linear, random init", "linear, teacher", *ROWS],
     "average": ["linear, teacher", "linear, predictor"]
     + [f"linear, {K} imagined" for K in (1, 8, 32)],
@@ -69,6 +69,11 @@ class Task:
     def __post_init__(self):
         self.dense = self.data["train"][1].ndim == 3
         self.classes = max(int(labels.max()) for _, labels in self.data.values()) + 1
+
+    def head(self, config) -> nn.Module:
+        """A new head: [B, N, D] -> [B, classes], or [B, classes, S, S] if the task is dense."""
+        kind = DenseHead if self.dense else AttentiveHead
+        return kind(config, self.classes)
 
 
 def load_tasks(names: list[str], recipe, labels: int, device, cache: Path) -> dict[str, Task]:
@@ -101,12 +106,13 @@ class AttentiveHead(nn.Module):
     Multi-head attention behind a LayerNorm: the paper's head is not known in detail.
     """
 
-    def __init__(self, width: int, heads: int, classes: int):
+    def __init__(self, config: iwm.Config, classes: int):
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.out = nn.Linear(width, classes)
+        D = config.width
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, D))
+        self.attention = nn.MultiheadAttention(D, config.heads, batch_first=True)
+        self.out = nn.Linear(D, classes)
 
     def forward(self, z: Tensor) -> Tensor:
         z = self.norm(z)
@@ -120,16 +126,15 @@ class DenseHead(nn.Module):
     It is the simplest head there is: the paper's is not known.
     """
 
-    def __init__(self, width: int, size: int, classes: int):
+    def __init__(self, config: iwm.Config, classes: int):
         super().__init__()
-        self.size = size
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.out = nn.Linear(width, classes)
+        self.grid, self.patch = config.grid, config.patch
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.out = nn.Linear(config.width, classes)
 
     def forward(self, z: Tensor) -> Tensor:
-        side = math.isqrt(z.shape[1])
-        logits = self.out(self.norm(z)).unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        return F.interpolate(logits.float(), (self.size, self.size), mode="bilinear")
+        logits = rearrange(self.out(self.norm(z)), "b (h w) c -> b c h w", h=self.grid)
+        return F.interpolate(logits.float(), scale_factor=self.patch, mode="bilinear")
 
 
 class Network(nn.Module):
@@ -139,30 +144,21 @@ class Network(nn.Module):
         super().__init__()
         self.config = config = model.config
         encoder, predictor = ROWS[row]
+        self.parts = {"encoder": encoder, "predictor": predictor}
         torch.manual_seed(seed)
         random = IWM(config)
         self.encoder = random.encoder
-        self.predictor = random.predictor if predictor else None
-        self.learned = nn.ModuleList()  # the parts that start from the checkpoint and are trained
         if encoder in ("frozen", "learned"):
             self.encoder.load_state_dict(model.teacher.state_dict())
-        if encoder == "learned":
-            self.learned.append(self.encoder)
+        self.encoder.requires_grad_(encoder in ("learned", "new"))
+        self.predictor = random.predictor if predictor else None
         if predictor == "learned":
             self.predictor.load_state_dict(model.predictor.state_dict())
-            self.learned.append(self.predictor)
-        self.encoder.requires_grad_(encoder in ("learned", "new"))
-        self.heads = nn.ModuleDict()
-        for name, task in tasks.items():
-            if task.dense:
-                self.heads[name] = DenseHead(config.width, config.image_size, task.classes)
-            else:
-                self.heads[name] = AttentiveHead(config.width, config.heads, task.classes)
+        self.heads = nn.ModuleDict({name: task.head(config) for name, task in tasks.items()})
         # one token per task tells a shared predictor what is asked
-        self.task_tokens = nn.ParameterDict()
-        if predictor and len(tasks) > 1:
-            for name in tasks:
-                self.task_tokens[name] = nn.Parameter(0.02 * torch.randn(1, 1, config.pred_width))
+        shared = predictor and len(tasks) > 1
+        tokens = {name: 0.02 * torch.randn(1, 1, config.pred_width) for name in tasks if shared}
+        self.task_tokens = nn.ParameterDict(tokens)
         self.to(next(model.parameters()).device)
 
     def forward(self, images: Tensor, task: str) -> Tensor:
@@ -179,14 +175,14 @@ class Network(nn.Module):
 
         No weight decay on biases, norms and tokens, as in pretraining.
         """
-        learned = set(self.learned.parameters())
         groups: dict = {}
-        for name, p in self.named_parameters():
-            if p.requires_grad:
-                decay = 0.05 if p.ndim == 2 and not name.endswith("bias") else 0.0
-                rate = lr * LEARNED if p in learned else lr
-                groups.setdefault((rate, decay), []).append(p)
-        return [dict(params=p, lr=rate, weight_decay=d) for (rate, d), p in groups.items()]
+        for part, module in self.named_children():
+            rate = lr * LEARNED if self.parts.get(part) == "learned" else lr
+            for name, p in module.named_parameters():
+                if p.requires_grad:
+                    decay = 0.05 if p.ndim == 2 and not name.endswith("bias") else 0.0
+                    groups.setdefault((rate, decay), []).append(p)
+        return [dict(params=ps, lr=rate, weight_decay=d) for (rate, d), ps in groups.items()]
 
 
 # ---- Training and scores -------------------------------------------------------------------------
@@ -281,7 +277,7 @@ def parse(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     known = [*PROTOCOLS, *ROWS]
     add("checkpoint", type=Path, help="last.pt of a run of train.py, or the run's folder")
-    add("--protocol", choices=known, default="rows", metavar="P", help=f"{' | '.join(known)}")
+    add("--protocol", choices=known, default="rows", metavar="P", help=" | ".join(known))
     add("--task", default="classify", help="classify | segment | shape,colour,texture,background")
     add("--data", help="shapes | cifar10 | cifar100 | a folder (default: what the checkpoint saw)")
     add("--labels", type=int, default=0, help="only the first N training images (default: all)")

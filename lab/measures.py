@@ -110,6 +110,14 @@ def mean_iou(predicted: Tensor, truth: Tensor, classes: int) -> float:
 
 
 @torch.no_grad()
+def pooled(encode, images: Tensor, config, device) -> Tensor:
+    """Mean over the patches of what `encode` makes of uint8 images [n, 3, S, S] -> [n, D] float."""
+    with autocast(config, device):
+        parts = [encode(to_float(part, device)).float().mean(dim=1) for part in images.split(250)]
+    return torch.cat(parts)
+
+
+@torch.no_grad()
 def probe(row: str, model: IWM, data: dict, seed: int) -> dict[str, float]:
     """ "knn, WHOSE" or "linear, WHOSE": accuracy of a probe on mean-pooled latents, by split.
 
@@ -123,21 +131,16 @@ def probe(row: str, model: IWM, data: dict, seed: int) -> dict[str, float]:
     networks = {"random init": random.encoder, "encoder": model.encoder, "teacher": model.teacher}
 
     def imagined(images):
-        z, unchanged = model.teacher(images), IDENTITY.to(device).expand(len(images), -1)
-        params = [unchanged]
+        z, params = model.teacher(images), [IDENTITY.to(device).expand(len(images), -1)]
         if whose != "predictor":
             draw = dict(generator=generator, device=device, always=True)
-            K = int(whose.split()[0])
-            params = [jitter_params(len(z), config, **draw) for _ in range(K)]
+            params = [jitter_params(len(z), config, **draw) for _ in range(int(whose.split()[0]))]
         actions = (iwm.bank_actions(p, config) for p in params)
         return sum(model.predictor.everywhere(z, a).float() for a in actions) / len(params)
 
     encode = networks.get(whose, imagined)
-    read = {}
-    for split, (images, labels) in data.items():
-        with autocast(config, device):
-            parts = [encode(to_float(x, device)).float().mean(dim=1) for x in images.split(250)]
-        read[split] = torch.cat(parts), labels.to(device)
+    read = {s: (pooled(encode, images, config, device), labels.to(device))
+            for s, (images, labels) in data.items()}  # fmt: skip
     accuracy = knn_accuracy if kind == "knn" else linear_accuracy
     return {split: accuracy(*read["train"], *read[split]) for split in ("val", "test")}
 
@@ -149,23 +152,18 @@ def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images=No
     mrr is on a bank of the model's own jitter, mrr_paper on one of the paper's. The probes read the
     teacher's mean-pooled latents and are fitted on as many training images.
     """
-    device = next(model.parameters()).device
+    config, device = model.config, next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
-
-    def pooled(part_of):
-        images, labels = (part[:probe_images] for part in data[part_of])
-        parts = [model.teacher(to_float(part, device)).float() for part in images.split(250)]
-        return torch.cat([part.mean(dim=1) for part in parts]), labels.to(device)
-
     images = to_float(data[split][0][:500], device)
-    with autocast(model.config, device), torch.compiler.set_stance("force_eager"):
+    with autocast(config, device), torch.compiler.set_stance("force_eager"):
         clean = images[:mrr_images]
         result = iwm.measure_mrr(model, clean, generator) | measure_components(model, clean)
         result |= measure_planning(model, clean, generator)
         paper = iwm.measure_mrr(model, clean, generator, jitter_of=Config())
         result |= {f"{name}_paper": paper[name] for name in ("mrr", "hit1")}
         result["target_std"] = model.targets(images).std(dim=(0, 1)).mean().item()
-        known, asked = pooled("train"), pooled(split)
+        parts = ((of[:probe_images] for of in data[s]) for s in ("train", split))
+        known, asked = ((pooled(model.teacher, x, config, device), y.to(device)) for x, y in parts)
     result["rankme"] = rankme(asked[0])
     result["knn"] = knn_accuracy(*known, *asked)
     return result | {"linear": linear_accuracy(*known, *asked)}
