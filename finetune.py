@@ -31,7 +31,8 @@ import iwm
 from iwm import IWM
 from lab.data import load_data, load_shapes, to_float
 from lab.machine import QUIET, autocast, set_up
-from lab.measures import mean_iou, mean_std, probe
+from lab.measures import mean_iou, probe
+from lab.tables import finetuned
 from train import load_checkpoint
 
 # ---- The rows: what each makes of the checkpoint's encoder and predictor -------------------------
@@ -303,20 +304,6 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def describe(records: list[dict], tasks: list[str]) -> str:
-    """A Markdown table: percent, mean and deviation over the seeds."""
-    lines = ["| row | trained parameters | " + " | ".join([*tasks, "seconds"]) + " |"]
-    lines.append("|---" * (len(tasks) + 3) + "|")
-    for row, same in itertools.groupby(records, lambda record: record["row"]):
-        same = list(same)
-        scores = [mean_std([100 * r["test"][name] for r in same]) for name in tasks]
-        seconds = mean_std([r["seconds"] for r in same], 0)
-        lines.append(
-            f"| {row} | {same[0].get('trainable', 0):,} | {' | '.join([*scores, seconds])} |"
-        )
-    return "\n".join(lines)
-
-
 def main():
     args = parse()
     device = set_up(args.device)
@@ -344,10 +331,10 @@ def main():
         tqdm.write(f"{row}, seed {seed}: {scores} % on held-out images")
     print(f"\n{'mIoU' if dense else 'accuracy'} in % on test images of {recipe.data}, "
           f"{args.labels or 'all'} labels, {args.epochs:g} epochs\n")  # fmt: skip
-    print(describe(records, list(tasks)))
+    print(finetuned(records, list(tasks)))
     print(f"\nrows kept in {file}")
     if args.epochs < 10:
-        print("this is a short table: with --epochs 25 every row has converged")
+        print("this is a short table: --epochs 25 trains on")
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ from iwm import IWM, setting
 from lab import machine
 from lab.data import fingerprint, load_data, to_float
 from lab.machine import QUIET, autocast, bf16, peak_memory, set_up, whole
-from lab.measures import measure, report, table
+from lab.measures import measure
 from lab.pictures import draw, draw_curves
+from lab.tables import report, table
 
 # ---- Recipe: the method's settings, and how it is trained ----------------------------------------
 

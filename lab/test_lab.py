@@ -36,6 +36,7 @@ import iwm
 import lab.data
 import lab.measures
 import lab.pictures
+import lab.tables
 import train
 from lab import machine
 from test_iwm import close, each, every_mode, noise, seeded
@@ -259,7 +260,7 @@ def log(call, patch, spy, steps):
 
     data = marked() | {"train": (counted(40), 0 * arange(40))}
     patch(train, load_data=lambda *_: data, measure=measure)
-    patch(lab.measures, measure=measure)
+    patch(lab.tables, measure=measure)
     spy(train.IWM, "forward", forward)
     spy(train.IWM, "update_teacher", lambda model, m: log.ema.append((len(steps), m)))
     flags = "--steps=40 --measure-every=20 --seed=3 --warmup=.25 --lr=.01 --ema=.9"
