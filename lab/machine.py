@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from iwm import Config
-
 LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, and by nothing else
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # this process ...
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # ... of so many; only rank 0 writes
@@ -67,11 +65,14 @@ def whole(path: Path):
     try:
         yield aside
         os.replace(aside, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say where
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path | str, device, kind=Config) -> dict:
+def read_checkpoint(path: Path | str, device, kind) -> dict:
     """A checkpoint of train.py, its config as a `kind`. With weights_only: nothing in it is run."""
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path

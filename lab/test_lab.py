@@ -1,8 +1,11 @@
 """Tests of the experiments: what only an honest pipeline can find, and what is printed and drawn."""
 
+import colorsys
 import json
 import math
 import os
+import random
+import re
 import runpy
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pytest import approx, fixture, raises
 from torch import (
     arange,
@@ -522,7 +525,6 @@ def test_nothing_is_overwritten_and_half_a_file_is_refused(call):
         Path("run/last.pt").write_bytes(whole[:n])
         for flags in ("--resume", "--measure=run/last.pt"):
             assert "run/last.pt" in call(flags), flags
-        assert lab.data.read_image("run/last.pt", 8) is None, "no image"
 
 
 @each("script", [train, finetune])
@@ -540,18 +542,76 @@ def test_settings_train_or_are_refused_in_a_line(call):
         assert os.path.exists(f"{i}/result.json") == trained, flag
 
 
-def test_shapes_are_repeatable_and_balanced(patch):
-    patch(lab.data, SHAPES_IMAGES=dict(train=2000, val=1000, test=1000))  # whole chunks
-    recipe = replace(RECIPE, image_size=8, patch=4)
-    one, same = (train.load_data(recipe, CPU, None) for _ in range(2))
-    images, again = (cat([x for x, _ in data.values()]) for data in (one, same))
-    factors = lab.data.shapes(2000, 0, 8)
+# What lab.data.shapes calls shape 0 to 7, in the rectangle around the object
+OUTLINES = """
+..###.. ####### ...#... ...#... ..###.. ..###.. ..####. .##.##.
+.#####. ####### ..###.. .#.##.. .#####. ..###.. .###... #######
+####### ####### ..###.. ######. ##...## ####### ###.... #######
+####### ####### .#####. .###### ##...## ####### ###.... .#####.
+####### ####### .#####. ######. ##...## ####### ###.... .#####.
+.#####. ####### ####### .#.##.. .#####. ..###.. .###... ..###..
+..###.. ####### ####### ...#... ..###.. ..###.. ..####. ...#...
+"""
 
-    assert equal(images, again) and equal(one["train"][1], factors["shape"]), "drawn twice"
-    assert [len(y) for _, y in one.values()] == [2000, 1000, 1000], "sizes"
-    assert len(images.flatten(1).unique(dim=0)) == 4000, "different ones"
-    for name, kinds in (("shape", 8), ("colour", 8), ("texture", 4), ("background", 4)):
-        assert factors[name].bincount(minlength=kinds).min() > 0.7 * 2000 / kinds, name
+
+def unevenness(pixels, where):
+    """[n, S, S] -> [n]: how far a picture strays from smooth light there, as a part of its mean."""
+    axis = torch.linspace(-1, 1, pixels.shape[-1])
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    light = where.flatten(1)[:, :, None] * stack([x**0, x, y, x * y, x * x, y * y], dim=2).view(
+        -1, 6
+    )
+    pixels = (where * pixels).flatten(1)[:, :, None]
+    rest = pixels - light @ torch.linalg.lstsq(light, pixels).solution
+    return (rest**2).sum(dim=(1, 2)).div(where.sum(dim=(1, 2))).sqrt() / pixels.mean(dim=(1, 2))
+
+
+class TestShapes:
+    """What an image shows is found again from its pixels, by other means."""
+
+    made = lab.data.shapes(1000, 0)
+
+    def test_the_same_seed_draws_the_same_and_all_differ(self, patch):
+        patch(lab.data, SHAPES_IMAGES=dict(train=1100, val=300, test=200))
+        data = train.load_data(replace(RECIPE, image_size=32), CPU, None)
+        assert [len(labels) for _, labels in data.values()] == [1100, 300, 200], "sizes"
+        assert equal(data["train"][0][:1000], self.made["images"]), "drawn twice"
+        assert equal(data["train"][1][:1000], self.made["shape"]), "labels are shapes"
+        assert len(cat([x for x, _ in data.values()]).flatten(1).unique(dim=0)) == 1600
+        for name, kinds in dict(shape=8, colour=8, texture=4, background=4).items():
+            counts = self.made[name].bincount(minlength=kinds)
+            assert len(counts) == kinds and counts.min() > 0.7 * 1000 / kinds, name
+
+    def test_the_mask_has_the_outline_of_the_shape(self):
+        art = tensor([[c == "#" for c in line] for line in OUTLINES.split()]).float()
+        art = art.view(7, 8, 7).movedim(1, 0).flatten(1)
+        found = []
+        for mask in self.made["mask"]:
+            y, x = mask.nonzero().T
+            box = mask[y.min() : y.max() + 1, x.min() : x.max() + 1].float()
+            box = F.interpolate(box[None, None], (7, 7), mode="area")
+            found.append(torch.cdist(box.view(1, 49), art).argmin())
+        for kind in range(8):
+            right = (stack(found) == kind)[self.made["shape"] == kind].float().mean()
+            assert right > 0.5, f"only {right:.2f} of shape {kind} look like it"
+
+    def test_the_hue_inside_the_mask_is_the_colour(self):
+        for image, mask, colour in zip(*(self.made[name] for name in ("images", "mask", "colour"))):
+            hue = colorsys.rgb_to_hsv(*image[:, mask].median(dim=1).values.tolist())[0]
+            off = abs((hue - (colour + 0.5) / 8 + 0.5) % 1 - 0.5)
+            assert off < 1 / 16 + 0.02, f"hue {hue:.2f} is not in bin {colour} of 8"
+
+    @each("name, inside", [("texture", True), ("background", False)])
+    def test_patterns_are_where_they_belong(self, name, inside):
+        """Plain is smooth, and noise has less contrast than stripes and checks."""
+        value, mask = self.made["images"].amax(dim=1) / 255, self.made["mask"][:, None].float()
+        near, far = (1 - F.max_pool2d(m, 3, 1, 1)[:, 0] for m in (1 - mask, mask))  # not the edge
+        here, there = (near, far) if inside else (far, near)
+        kinds = [self.made[name] == kind for kind in range(4)]
+        seen, other = ([x[kind].nanmedian() for kind in kinds]
+                       for x in (unevenness(value, here), unevenness(value, there)))  # fmt: skip
+        assert 2 * seen[0] < seen[3] < 0.9 * min(seen[1:3]), f"{name} is not seen"
+        assert max(other) < 1.3 * min(other), f"{name} is on the other side, too"
 
 
 def fill(folder, n, colour):
@@ -605,12 +665,68 @@ def test_another_folder_image_or_size_is_decoded_anew(load):
     assert larger["train"][0].shape[-1] == 32
 
 
-def test_damaged_images_are_named(load):
-    for name in "ab":
-        Path(f"d/train/cat/{name}.jpg").write_bytes(b"damaged")
+def test_the_order_of_a_folder(load):
+    """As torchvision lists it, then shuffled: numbers of earlier runs depend on it."""
+    for i, file in enumerate(sorted(Path("d/train").glob("*/*.bmp"))):
+        Image.new("RGB", (20, 16), (i, 0, 0)).save(file)
+    listed = lab.data.torchvision.datasets.ImageFolder("d/train").samples
+    random.Random(0).shuffle(listed)
+    data = train.load_data(replace(RECIPE, data="d"), CPU, Path("cache"))
+    found = cat([data["val"][0], data["train"][0]])[:, 0, 0, 0].tolist()
+    assert found == [Image.open(file).getpixel((0, 0))[0] for file, _ in listed]
+
+
+def test_which_files_count_is_said(load, capsys):
+    for folder in (".cache/cat", "cat/.ipynb_checkpoints", ".ipynb_checkpoints"):
+        fill(f"d/train/{folder}", 9, "blue")
+    Path("d/train/cat/._0.bmp").write_bytes(b"")
+    for name in ("a.txt", "b.GIF", "more/c"):
+        Path("d/train/cat/more").mkdir(exist_ok=True)
+        Path("d/train/cat", name).write_bytes(b"")
+    for name in ("x.jfif", "more/y.JPG"):
+        Image.new("RGB", (20, 16), "red").save(f"d/train/cat/{name}", "JPEG")
+    sizes, colours = load()
+    assert sizes == [24, 2, 24] and "train 0 2" not in colours
+    assert "train: 26 images, 3 other files not used" in capsys.readouterr().out
+
+
+def test_images_that_cannot_be_read_are_named_with_the_reason(load):
+    Image.effect_noise((99, 99), 50).save("d/cut.jpg")
+    half = Path("d/cut.jpg").read_bytes()[:2000]
+    Path("d/train/cat/half.jpg").write_bytes(half)
+    Image.new("I;16", (9, 9), 999).save("d/train/cat/deep.png")
+    Image.new("F", (9, 9), 0.5).save("d/train/cat/float.tif")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("key", "a" * 3_000_000, zip=True)
+    Image.new("L", (9, 9)).save("d/train/cat/text.png", pnginfo=text)
     for _ in range(2):  # nothing half decoded is kept
-        with raises(SystemExit, match="2 images.*cat/"):
+        with raises(SystemExit, match="4 images cannot be read") as end:
             load()
+        for reason in (
+            "deep.png: .*I;16",
+            "float.tif: .*F",
+            "half.jpg: .*trunc",
+            "text.png: .*large",
+        ):
+            assert re.search(reason, end.value.code), reason
+        assert "remove" not in end.value.code and not os.listdir("cache")
+
+
+def test_a_full_disk_ends_in_a_line_that_names_the_file(load):
+    resource = pytest.importorskip("resource")
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, most[1]))
+    with raises(OSError, match="cache"):
+        load()
+    resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert not os.listdir("cache"), "what was written is still there"
+
+
+def test_a_cache_cut_short_is_decoded_anew(load):
+    right = load()
+    for file in Path("cache").iterdir():
+        os.truncate(file, 5000)
+    assert load() == right
 
 
 def test_an_unknown_class_is_named(load):
@@ -619,17 +735,23 @@ def test_an_unknown_class_is_named(load):
         load()
 
 
-def test_pictures_become_upright_rgb(tmp_path):
+def test_pictures_become_upright_rgb_on_white(tmp_path):
     grey, exif = Image.linear_gradient("L"), Image.Exif()  # black above
     exif[0x112] = 3  # turned
     pictures = {f"{mode}.png": grey.convert(mode) for mode in ("1", "L", "P")}
     pictures |= {"CMYK.jpg": grey.convert("CMYK"), "turned.jpg": grey.rotate(180)}
+    black = Image.new("L", grey.size)
+    for mode in ("LA", "RGBA"):  # black, and transparent below
+        alpha = [black] * (len(mode) - 1) + [grey.point(lambda v: 255 - v)]
+        pictures[f"{mode}.png"] = Image.merge(mode, alpha)
     for name, picture in pictures.items():
         picture.save(tmp_path / name, **{"exif": exif} if name == "turned.jpg" else {})
-        found = lab.data.read_image(tmp_path / name, 10)
-
-        assert found.shape == (3, 10, 10), name
-        assert (found[:, 0].mean(), found[:, 9].mean()) == approx((13, 242), abs=20), name
+        found = torch.frombuffer(
+            bytearray(lab.data.read_image(tmp_path / name, 10)), dtype=torch.uint8
+        )
+        found = found.view(3, 10, 10).float()
+        assert found[:, 0].mean() == approx(13, abs=20), name
+        assert found[:, 9].mean() == approx(242, abs=20), name
 
 
 def test_cifar_keeps_its_splits_and_labels(call, patch):
@@ -690,6 +812,11 @@ def test_measuring_and_finetuning_refuse_torchrun(call, patch):
     patch(machine, LAUNCHED=True)
     for script, flags in ((train, "--measure=run/last.pt"), (finetune, "")):
         assert "torchrun" in call(flags, script)
+
+
+def test_stderr_may_be_a_logger(patch):
+    patch(sys, stderr=Namespace(write=print))
+    assert runpy.run_path(machine.__file__)["QUIET"]["mininterval"] == 30
 
 
 def test_a_rank_needs_torchrun(monkeypatch):
