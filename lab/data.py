@@ -1,5 +1,5 @@
 """Data: train is trained on, val (held-out training images) serves every choice, test is read
-once at the end. Each is uint8 images [n, 3, S, S] and int64 labels [n]."""
+once at the end. {"train" | "val" | "test": (images [n, 3, S, S] uint8, labels [n] int64)}"""
 
 import hashlib
 import math
@@ -20,15 +20,14 @@ from tqdm import tqdm
 import iwm
 from lab.machine import QUIET, whole
 
-Data = dict[str, tuple[Tensor, Tensor]]
 SHAPES_IMAGES = {"train": 20_000, "val": 2_000, "test": 2_000}  # a split's position is its seed
 SUFFIXES = {*torchvision.datasets.folder.IMG_EXTENSIONS, ".jfif"}
 
 
 def shapes(n: int, seed: int, size: int = 32) -> dict[str, Tensor]:
-    """Draw objects on textured, lit backgrounds: images [n, 3, size, size] uint8, what they show,
-    [n] int64: shape (8), colour (8 bins of hue), texture and background (4), and the objects' mask
-    [n, size, size] bool."""
+    """Draw objects on textured, lit backgrounds: images [n, 3, size, size] uint8 and what they
+    show, shape (8), colour (8 bins of hue), texture, background (4), all [n] int64; and the
+    objects' mask [n, size, size] bool."""
     chunks = [_shapes(min(1000, n - i), seed * 1_000_003 + i, size) for i in range(0, n, 1000)]
     names = "images mask shape colour texture background".split()
     return dict(zip(names, map(torch.cat, zip(*chunks))))
@@ -102,7 +101,8 @@ def read_image(file: Path, size: int) -> bytes:
         image = ImageOps.exif_transpose(opened)
     if image.mode[0] in "IF":  # Pillow would cut the values off at 255
         raise ValueError(f"pixels of kind {image.mode}, convert them to 8 bits")
-    image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.Resampling.BILINEAR)
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return b"".join(channel.tobytes() for channel in image.split()[:3])
 
@@ -134,16 +134,15 @@ def decode(files: list[Path], size: int, cache: Path) -> Tensor:
         cache.mkdir(parents=True, exist_ok=True)
         with whole(path) as aside, open(aside, "wb") as decoded, ThreadPool() as threads:
             images = threads.imap(read, files)
-            for image in tqdm(images, "decoding, once", len(files), leave=False, **QUIET):
-                decoded.write(image)
+            decoded.writelines(tqdm(images, "decoding, once", len(files), leave=False, **QUIET))
             if failed:
                 sys.exit(f"{len(failed)} images cannot be read: {'; '.join(failed[:20])}")
     return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
 
 
-def read_folders(root: Path, size: int, cache: Path) -> Data:
+def read_folders(root: Path, size: int, cache: Path) -> dict:
     """root/train, root/test (or val); where there are all three, val is the held-out images."""
-    root, data, classes = root.resolve(), {}, []
+    root, data, known = root.resolve(), {}, set()
     found = {split: list_images(root / split) for split in ("train", "val", "test")}
     found["test"] = found["test"] or found.pop("val")
     if not found["train"] or not found["test"]:
@@ -154,14 +153,14 @@ def read_folders(root: Path, size: int, cache: Path) -> Data:
             random.Random(0).shuffle(files)  # so that any part of them has all classes
             names = [file.relative_to(root).parts[1] for file in files]
             names, labels = np.unique(names, return_inverse=True)
-            classes = classes or [*names]
-            if differ := {*names} ^ {*classes}:
+            known = known or {*names}
+            if differ := {*names} ^ known:
                 sys.exit(f"{root}: train and {split} differ in {', '.join(sorted(differ))}")
             data[split] = decode(files, size, cache), torch.from_numpy(labels)
     return data
 
 
-def read_cifar(name: str, size: int) -> Data:
+def read_cifar(name: str, size: int) -> dict:
     """CIFAR-10 or -100 through torchvision, under ./data."""
     data, dataset = {}, getattr(torchvision.datasets, name.upper())
     for split in ("train", "test"):
@@ -176,7 +175,7 @@ def read_cifar(name: str, size: int) -> Data:
     return data
 
 
-def load_data(recipe, device, cache: Path) -> Data:
+def load_data(recipe, device, cache: Path) -> dict:
     """The splits train, val, test: on a GPU when they fit into half of its free memory."""
     data, size = {}, recipe.image_size
     if recipe.data == "shapes":
@@ -205,7 +204,7 @@ def to_float(images: Tensor, device=None) -> Tensor:
     return images.to(device).float() / 255
 
 
-def fingerprint(data: Data) -> str:
+def fingerprint(data: dict) -> str:
     """Tells data sets apart: a hash of all labels and of some images of each split."""
     parts = [(y, x[:: max(len(x) // 16, 1)]) for x, y in data.values()]
     found = b"".join(part.cpu().numpy().tobytes() for part in sum(parts, ()))

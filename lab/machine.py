@@ -26,8 +26,8 @@ def set_up(name: str | None, shared: bool = False) -> torch.device:
     if sys.platform == "linux":  # glibc: a tenth of a CPU's step
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    there = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    there.append("cpu")
     name = name or there[0]
     if name.split(":")[0] not in there:
         sys.exit(f"device {name} is not here: choose {' or '.join(there)}")
@@ -80,8 +80,7 @@ def read_checkpoint(path: Path | str, device, kind) -> dict:
         sys.exit(f"{path} does not exist: name a run's folder or its last.pt")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        known = {f.name for f in fields(kind)}  # a setting of another version is left out
-        config = kind(**{name: v for name, v in state["config"].items() if name in known})
-        return state | {"config": config}
+        known = {f.name for f in fields(kind)} & {*state["config"]}  # two versions may differ
+        return state | {"config": kind(**{name: state["config"][name] for name in known})}
     except Exception as error:  # foreign bytes can raise anything
         sys.exit(f"{path} is no checkpoint of train.py ({type(error).__name__})")
