@@ -560,13 +560,13 @@ class TestShapes:
     made = lab.data.shapes(1000, 0)
 
     def test_the_same_seed_draws_the_same_and_all_differ(self, patch):
-        patch(lab.data, SHAPES_IMAGES=dict(train=1100, val=300, test=200))
+        patch(lab.data, SHAPES_IMAGES=dict(train=2000, val=200, test=200))
         data = train.load_data(replace(RECIPE, image_size=32), CPU, None)
         images = cat([images for images, _ in data.values()])
-        assert [len(labels) for _, labels in data.values()] == [1100, 300, 200], "sizes"
+        assert [len(labels) for _, labels in data.values()] == [2000, 200, 200], "sizes"
         assert equal(images[:1000], self.made["images"]), "drawn twice"
         assert equal(data["train"][1][:1000], self.made["shape"]), "labels are shapes"
-        assert len(images.flatten(1).unique(dim=0)) == 1600, "all differ"
+        assert len(images.flatten(1).unique(dim=0)) == 2400, "all differ"
         for name, kinds in dict(shape=8, colour=8, texture=4, background=4).items():
             assert self.made[name].bincount(minlength=kinds).min() > 0.7 * 1000 / kinds, name
 
@@ -650,6 +650,7 @@ def test_another_folder_image_or_size_is_decoded_anew(load):
     assert load()[1] & {"train 0 0", "val 0 0"}, "an image has changed"
     larger = train.load_data(replace(RECIPE, data="d", image_size=32), CPU, Path("cache"))
     assert larger["train"][0].shape[-1] == 32
+    assert len(os.listdir("cache")) == 7, "a split is decoded once for each of them"
 
 
 def test_a_folder_has_the_order_of_torchvision_shuffled(load):
@@ -658,8 +659,10 @@ def test_a_folder_has_the_order_of_torchvision_shuffled(load):
     random.Random(0).shuffle(listed)
     for i, (file, _) in enumerate(listed):
         Image.new("RGB", (9, 9), (i, 0, 0)).save(file)
-    data = train.load_data(replace(RECIPE, data="d"), CPU, Path("cache"))
-    assert numbers(cat([data["val"][0], data["train"][0]])) == [*range(24)]
+    for _ in range(2):
+        data = train.load_data(replace(RECIPE, data="d"), CPU, Path("cache"))
+        assert numbers(cat([data["val"][0], data["train"][0]])) == [*range(24)]
+        data["train"][0].zero_()  # does not reach the cache
 
 
 def test_which_files_count_is_said(load, capsys):
@@ -703,10 +706,14 @@ def test_a_full_disk_is_named_and_a_cache_cut_short_decoded_anew(load):
     assert load() == right
 
 
-def test_an_unknown_class_is_named(load):
+def test_an_unknown_class_and_too_few_images_are_named(load):
     fill("d/test/horse", 1, "red")
     with raises(SystemExit, match="horse"):
         load()
+    fill("few/train/cat", 9, "red")
+    fill("few/test/cat", 1, "red")
+    with raises(SystemExit, match="8 training images, fewer"):  # one is held out
+        train.load_data(replace(RECIPE, data="few"), CPU, Path("cache"))
 
 
 def test_pictures_become_upright_rgb_on_white(tmp_path):
@@ -739,6 +746,15 @@ def test_cifar_keeps_its_splits_and_labels(call, patch):
     assert sorted(test) == [*range(100, 120)], "test"
     patch(lab.data.torchvision.datasets, CIFAR10=lambda *_, **__: os.listdir("network"))
     assert "cannot be downloaded" in call("--data=cifar10")
+
+
+def test_the_fingerprint_tells_images_and_labels_of_each_split_apart():
+    data = marked()
+    found = {lab.data.fingerprint(data), lab.data.fingerprint(marked())}
+    for split, (images, labels) in data.items():
+        for other in ((images + 1, labels), (images, labels + 1)):
+            found.add(lab.data.fingerprint(data | {split: other}))
+    assert len(found) == 7
 
 
 def test_data_may_move(load, call):
