@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 import iwm
 from iwm import IWM
-from lab.data import load_data, load_shapes, to_float
+from lab.data import load_data, to_float
 from lab.machine import QUIET, autocast, set_up
 from lab.measures import mean_iou, probe
+from lab.shapes import load_shapes
 from lab.tables import finetuned
 from train import load_checkpoint
 

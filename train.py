@@ -179,8 +179,8 @@ def train(recipe: Recipe, data: dict, out: Path, device, resume: bool = False) -
         state = dict(config=asdict(recipe), data=identity, step=step, seconds=seconds())
         state |= dict(losses=losses, metrics=metrics)
         state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-        with whole(out / "last.pt") as aside:
-            torch.save(state, aside)
+        with whole(out / "last.pt") as aside, open(aside, "wb") as file:
+            torch.save(state, file)
         (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
     def record():

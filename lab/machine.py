@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from iwm import Config
-
 LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, and by nothing else
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # this process ...
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # ... of so many; only rank 0 writes
@@ -28,8 +26,8 @@ def set_up(name: str | None, shared: bool = False) -> torch.device:
     if sys.platform == "linux":  # glibc: a tenth of a CPU's step
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    there = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    there.append("cpu")
     name = name or there[0]
     if name.split(":")[0] not in there:
         sys.exit(f"device {name} is not here: choose {' or '.join(there)}")
@@ -67,11 +65,14 @@ def whole(path: Path):
     try:
         yield aside
         os.replace(aside, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say where
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path | str, device, kind=Config) -> dict:
+def read_checkpoint(path: Path | str, device, kind) -> dict:
     """A checkpoint of train.py, its config as a `kind`. With weights_only: nothing in it is run."""
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
@@ -79,8 +80,7 @@ def read_checkpoint(path: Path | str, device, kind=Config) -> dict:
         sys.exit(f"{path} does not exist: name a run's folder or its last.pt")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        known = {f.name for f in fields(kind)}  # a setting of another version is left out
-        config = kind(**{name: v for name, v in state["config"].items() if name in known})
-        return state | {"config": config}
+        known = {f.name for f in fields(kind)} & {*state["config"]}  # two versions may differ
+        return state | {"config": kind(**{name: state["config"][name] for name in known})}
     except Exception as error:  # foreign bytes can raise anything
         sys.exit(f"{path} is no checkpoint of train.py ({type(error).__name__})")

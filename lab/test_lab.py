@@ -1,8 +1,11 @@
 """Tests of the experiments: what only an honest pipeline can find, and what is printed and drawn."""
 
+import colorsys
 import json
 import math
 import os
+import random
+import re
 import runpy
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pytest import approx, fixture, raises
 from torch import (
     arange,
@@ -36,6 +39,7 @@ import iwm
 import lab.data
 import lab.measures
 import lab.pictures
+import lab.shapes
 import lab.tables
 import train
 from lab import machine
@@ -166,7 +170,7 @@ def steps(spy):
 def call(monkeypatch, patch, capsys, tmp_path):
     """Runs a script in an empty folder -> what it prints or the line it ends with."""
     monkeypatch.chdir(tmp_path)
-    patch(lab.data, SHAPES_IMAGES=dict(train=40, val=12, test=12))
+    patch(lab.shapes, SIZES=dict(train=40, val=12, test=12))
     patch(train, draw=lambda *_: None, draw_curves=lambda *_: None)
 
     def call(flags="", script=train):
@@ -186,7 +190,7 @@ FACTORS = ("shape", "colour", "texture", "background")
 
 
 def coded(labels):
-    """For lab.data.shapes: images tell their factors; random labels are wrong for half a class."""
+    """For lab.shapes.shapes: images tell their factors; random labels are wrong for half a class."""
 
     def shapes(n, seed, size):
         g = seeded(seed)
@@ -211,7 +215,7 @@ def coded(labels):
 ])  # fmt: skip
 def test_only_what_images_tell_is_learned(labels, val, test, call, patch):
     call()
-    patch(lab.data, SHAPES_IMAGES=dict.fromkeys(SPLITS, 320), shapes=coded(labels.split()))
+    patch(lab.shapes, SIZES=dict.fromkeys(SPLITS, 320), shapes=coded(labels.split()))
     patch(iwm, random_crop_flip=lambda images, *_: images)  # a crop would lose the code
     ways = ["protocol=table", "task=segment --epochs=12"]
     if labels[0] == "t":
@@ -453,7 +457,7 @@ def test_mean_iou_worked_by_hand():
 
 
 def test_table_of_finetuning_over_seeds(call, patch):
-    made = lab.data.shapes(40, 0, 16)
+    made = lab.shapes.shapes(40, 0, 16)
 
     def row(row, model, tasks, seed, args):
         for name, task in tasks.items():
@@ -543,7 +547,6 @@ def test_nothing_is_overwritten_and_half_a_file_is_refused(call):
         Path("run/last.pt").write_bytes(whole[:n])
         for flags in ("--resume", "--measure=run/last.pt"):
             assert "run/last.pt" in call(flags), flags
-        assert lab.data.read_image("run/last.pt", 8) is None, "no image"
 
 
 @each("script", [train, finetune])
@@ -561,18 +564,63 @@ def test_settings_train_or_are_refused_in_a_line(call):
         assert os.path.exists(f"{i}/result.json") == trained, flag
 
 
-def test_shapes_are_repeatable_and_balanced(patch):
-    patch(lab.data, SHAPES_IMAGES=dict(train=2000, val=1000, test=1000))  # whole chunks
-    recipe = replace(RECIPE, image_size=8, patch=4)
-    one, same = (train.load_data(recipe, CPU, None) for _ in range(2))
-    images, again = (cat([x for x, _ in data.values()]) for data in (one, same))
-    factors = lab.data.shapes(2000, 0, 8)
+# What lab.shapes.shapes calls shape 0 to 7, in the rectangle around the object
+OUTLINES = """
+..###.. ####### ...#... ...#... ..###.. ..###.. ..####. .##.##.
+.#####. ####### ..###.. .#.##.. .#####. ..###.. .###... #######
+####### ####### ..###.. ######. ##...## ####### ###.... #######
+####### ####### .#####. .###### ##...## ####### ###.... .#####.
+####### ####### .#####. ######. ##...## ####### ###.... .#####.
+.#####. ####### ####### .#.##.. .#####. ..###.. .###... ..###..
+..###.. ####### ####### ...#... ..###.. ..###.. ..####. ...#...
+"""
 
-    assert equal(images, again) and equal(one["train"][1], factors["shape"]), "drawn twice"
-    assert [len(y) for _, y in one.values()] == [2000, 1000, 1000], "sizes"
-    assert len(images.flatten(1).unique(dim=0)) == 4000, "different ones"
-    for name, kinds in (("shape", 8), ("colour", 8), ("texture", 4), ("background", 4)):
-        assert factors[name].bincount(minlength=kinds).min() > 0.7 * 2000 / kinds, name
+
+class TestShapes:
+    """What an image shows is found again in its pixels."""
+
+    made = lab.shapes.shapes(1000, 0)
+
+    def test_the_same_seed_draws_the_same_and_all_differ(self, patch):
+        patch(lab.shapes, SIZES=dict(train=2000, val=200, test=200))
+        data = train.load_data(replace(RECIPE, image_size=32), CPU, None)
+        images = cat([images for images, _ in data.values()])
+        assert [len(labels) for _, labels in data.values()] == [2000, 200, 200], "sizes"
+        assert equal(images[:1000], self.made["images"]), "drawn twice"
+        assert equal(data["train"][1][:1000], self.made["shape"]), "labels are shapes"
+        assert len(images.flatten(1).unique(dim=0)) == 2400, "all differ"
+        for name, kinds in dict(shape=8, colour=8, texture=4, background=4).items():
+            assert self.made[name].bincount(minlength=kinds).min() > 0.7 * 1000 / kinds, name
+
+    def test_the_mask_has_the_outline_of_the_shape(self):
+        art = tensor([[c == "#" for c in line] for line in OUTLINES.split()]).float()
+        art = art.view(7, 8, 7).movedim(1, 0).flatten(1)
+        right = zeros(8)
+        for mask, shape in zip(self.made["mask"], self.made["shape"]):
+            y, x = mask.nonzero().T
+            box = mask[y.min() : y.max() + 1, x.min() : x.max() + 1].float()
+            box = F.interpolate(box[None, None], (7, 7), mode="area").view(1, 49)
+            right[shape] += torch.cdist(box, art).argmin() == shape
+        assert (right / self.made["shape"].bincount()).min() > 0.5, f"most look like it: {right}"
+
+    def test_the_hue_inside_the_mask_is_the_colour(self):
+        for image, mask, colour in zip(*(self.made[name] for name in ("images", "mask", "colour"))):
+            hue = colorsys.rgb_to_hsv(*image[:, mask].median(dim=1).values.tolist())[0]
+            off = abs((hue - (colour + 0.5) / 8 + 0.5) % 1 - 0.5)
+            assert off < 1 / 16 + 0.02, f"hue {hue:.2f} is not in bin {colour} of 8"
+
+    @each("where", ["texture", "background"])
+    def test_patterns_are_where_they_belong(self, where):
+        """Checks stand out most from the mean around them, then stripes, noise, and plain."""
+        images, mask = self.made["images"].amax(dim=1) / 255, self.made["mask"].float()
+        contrast = (images[:, 3:-3, 3:-3] / F.avg_pool2d(images, 7, 1) - 1).abs()
+        away = 1 - F.max_pool2d(mask if where == "background" else 1 - mask, 7, 1)
+        for name in ("texture", "background"):
+            kinds = [self.made[name] == kind for kind in range(4)]
+            means = [(contrast * away)[kind].sum() / away[kind].sum() for kind in kinds]
+            plain, stripes, checks, noise = means
+            seen = plain < 0.8 * noise < 0.64 * stripes < 0.52 * checks
+            assert seen == (name == where) == (max(means) > 1.2 * min(means)), name
 
 
 def fill(folder, n, colour):
@@ -624,32 +672,83 @@ def test_another_folder_image_or_size_is_decoded_anew(load):
     assert load()[1] & {"train 0 0", "val 0 0"}, "an image has changed"
     larger = train.load_data(replace(RECIPE, data="d", image_size=32), CPU, Path("cache"))
     assert larger["train"][0].shape[-1] == 32
+    assert len(os.listdir("cache")) == 7, "a split is decoded once for each of them"
 
 
-def test_damaged_images_are_named(load):
-    for name in "ab":
-        Path(f"d/train/cat/{name}.jpg").write_bytes(b"damaged")
+def test_a_folder_has_the_order_of_torchvision_shuffled(load):
+    """The numbers of all runs depend on it."""
+    listed = lab.data.torchvision.datasets.ImageFolder("d/train").samples
+    random.Random(0).shuffle(listed)
+    for i, (file, _) in enumerate(listed):
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(file)
+    for _ in range(2):
+        data = train.load_data(replace(RECIPE, data="d"), CPU, Path("cache"))
+        assert numbers(cat([data["val"][0], data["train"][0]])) == [*range(24)]
+        data["train"][0].zero_()  # does not reach the cache
+
+
+def test_which_files_count_is_said(load, capsys):
+    for folder in (".cache/cat", "cat/.ipynb_checkpoints", ".ipynb_checkpoints"):
+        fill(f"d/train/{folder}", 9, "blue")
+    for name in ("._0.bmp", "a.txt", "b.GIF", "c"):
+        Path("d/train/cat", name).write_bytes(b"")
+    for name in ("x.jfif", "y.JPG"):
+        Image.new("RGB", (20, 16), "red").save(f"d/train/cat/{name}", "JPEG")
+    assert load()[0] == [24, 2, 24]
+    assert "train: 26 images, 3 other files not used" in capsys.readouterr().out
+
+
+def test_images_that_cannot_be_read_are_named_with_the_reason(load):
+    Image.effect_noise((99, 99), 50).save("d/train/cat/0.jpg")
+    os.truncate("d/train/cat/0.jpg", 2000)
+    for name, mode in (("1.png", "I;16"), ("2.tif", "F")):
+        Image.new(mode, (9, 9)).save(f"d/train/cat/{name}")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("key", "a" * 3_000_000, zip=True)
+    Image.new("L", (9, 9)).save("d/train/cat/3.png", pnginfo=text)
     for _ in range(2):  # nothing half decoded is kept
-        with raises(SystemExit, match="2 images.*cat/"):
+        with raises(SystemExit, match="4 images cannot") as end:
             load()
+        for reason in ("0.jpg: .*truncated", "1.png: .*I;16", "2.tif: .*F", "3.png: .*large"):
+            assert re.search(reason, end.value.code), reason
+        assert not os.listdir("cache")
 
 
-def test_an_unknown_class_is_named(load):
+def test_a_full_disk_is_named_and_a_cache_cut_short_decoded_anew(load):
+    resource = pytest.importorskip("resource")
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, most[1]))  # bytes in a file
+    with raises(OSError, match="cache"):
+        load()
+    resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert not os.listdir("cache"), "what was written is still there"
+    right = load()
+    for file in Path("cache").iterdir():
+        os.truncate(file, 9000)
+    assert load() == right
+
+
+def test_an_unknown_class_and_too_few_images_are_named(load):
     fill("d/test/horse", 1, "red")
     with raises(SystemExit, match="horse"):
         load()
+    fill("few/train/cat", 9, "red")
+    fill("few/test/cat", 1, "red")
+    with raises(SystemExit, match="8 training images, fewer"):  # one is held out
+        train.load_data(replace(RECIPE, data="few"), CPU, Path("cache"))
 
 
-def test_pictures_become_upright_rgb(tmp_path):
+def test_pictures_become_upright_rgb_on_white(tmp_path):
     grey, exif = Image.linear_gradient("L"), Image.Exif()  # black above
     exif[0x112] = 3  # turned
     pictures = {f"{mode}.png": grey.convert(mode) for mode in ("1", "L", "P")}
     pictures |= {"CMYK.jpg": grey.convert("CMYK"), "turned.jpg": grey.rotate(180)}
+    for mode in ("LA", "RGBA"):  # black, and transparent below
+        pictures[f"{mode}.png"] = Image.new(mode, grey.size)
+        pictures[f"{mode}.png"].putalpha(grey.rotate(180))
     for name, picture in pictures.items():
         picture.save(tmp_path / name, **{"exif": exif} if name == "turned.jpg" else {})
-        found = lab.data.read_image(tmp_path / name, 10)
-
-        assert found.shape == (3, 10, 10), name
+        found = torch.from_numpy(lab.data.read_image(tmp_path / name, 10)).float()
         assert (found[:, 0].mean(), found[:, 9].mean()) == approx((13, 242), abs=20), name
 
 
@@ -671,6 +770,15 @@ def test_cifar_keeps_its_splits_and_labels(call, patch):
     assert "cannot be downloaded" in call("--data=cifar10")
 
 
+def test_the_fingerprint_tells_images_and_labels_of_each_split_apart():
+    data = marked()
+    found = {lab.data.fingerprint(data), lab.data.fingerprint(marked())}
+    for split, (images, labels) in data.items():
+        for other in ((images + 1, labels), (images, labels + 1)):
+            found.add(lab.data.fingerprint(data | {split: other}))
+    assert len(found) == 7
+
+
 def test_data_may_move(load, call):
     call("--data=d")
     os.rename("d", "moved")
@@ -678,9 +786,9 @@ def test_data_may_move(load, call):
 
 
 TWO = """
-import os, lab.data, train
+import os, lab.shapes, train
 if train.machine.RANK: os.replace = None  # only process 0 writes
-lab.data.SHAPES_IMAGES = dict(train=40, val=12, test=12)
+lab.shapes.SIZES = dict(train=40, val=12, test=12)
 train.main()
 """
 
@@ -713,6 +821,11 @@ def test_measuring_and_finetuning_refuse_torchrun(call, patch):
         assert "torchrun" in call(flags, script)
 
 
+def test_stderr_may_be_a_logger(patch):
+    patch(sys, stderr=Namespace(write=print))
+    assert runpy.run_path(machine.__file__)["QUIET"]["mininterval"] == 30
+
+
 def test_a_rank_needs_torchrun(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert runpy.run_path(machine.__file__)["RANK"] == 0
@@ -739,7 +852,7 @@ def test_steps_are_compiled_and_measuring_is_not(call, patch):
 class TestWeights:
     def test_published_weights_load_and_model_the_action(self):
         model = train.load_checkpoint(Path("assets/cifar.pt"), torch.device("cpu"))
-        images = train.to_float(lab.data.shapes(2, 7)["images"])
+        images = train.to_float(lab.shapes.shapes(2, 7)["images"])
         found = iwm.measure_mrr(model, images, seeded())["mrr"]
 
         assert found > 0.3, f"MRR on shapes, which it never saw, is {found:.2f}: chance is 0.024"
