@@ -502,7 +502,8 @@ class TestTeacher:
             q.data.fill_(2.0)
         model.update_teacher(0.9)
         for p, q in pairs:
-            close([p.mean(), q.mean()], [1.1, 2], "teacher 1, encoder 2 become, with momentum 0.9")
+            found = [p.mean().item(), q.mean().item()]
+            close(found, [1.1, 2], "teacher 1, encoder 2 become, with momentum 0.9")
 
 
 class TestMRR:
