@@ -285,14 +285,14 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
 def block_unions(n: int, config: Config, generator=None, device=None) -> Tensor:
     """n random unions of rectangles. -> [n, grid, grid] bool, True is masked.
 
-    Each rectangle has its own size, in whole patches (4 to 6 % of 8 x 8: 2 or 4), and may touch
-    every border. I-JEPA's share a size and never reach the last row and column.
+    Each rectangle has its own size, in whole patches (4 to 6 % of 8 x 8: 2 or 4), height / width
+    0.75 to 1.5, and may touch every border. I-JEPA's share a size and never reach the last row.
     """
     grid = config.grid
     draws = torch.rand(4, n, config.blocks, device=device, generator=generator)
     u_area, u_aspect, u_top, u_left = draws
     area = grid**2 * (config.block_min + (config.block_max - config.block_min) * u_area)
-    aspect = 0.75 + 0.75 * u_aspect  # height / width
+    aspect = 0.75 + 0.75 * u_aspect
     height = (area * aspect).sqrt().round().clamp(1, grid)
     width = (area / aspect).sqrt().round().clamp(1, grid)
     top = (u_top * (grid - height + 1)).floor()
@@ -464,9 +464,11 @@ class Predictor(nn.Module):
         return self.mix(tokens)
 
     def action_tokens(self, action: Tensor, asked: Tensor) -> Tensor:
-        """`sequence`: each of the A scalars is a token, [B, A, W], or twice: [B, 2A, W]."""
+        """`sequence`: each of the A scalars is a token. [B, A, W], or twice: [B, 2A, W].
+
+        deviation: asked for all N, about 2N tokens compete with the action, so it joins twice.
+        """
         tokens = action.unsqueeze(2) * self.action_weight + self.action_bias
-        # deviation: asked for all N, about 2N tokens compete with the action: it joins twice
         copies = 2 if asked.shape[1] == len(self.positions) else 1
         return tokens.repeat(1, copies, 1)
 
