@@ -450,7 +450,7 @@ class Predictor(nn.Module):
         latents = self.embed(z) + self.positions[context]
         parts = [latents, self.mask_tokens(action, asked)]
         if self.conditioning == "sequence":
-            parts = [self.action_tokens(action, asked), *parts]
+            parts = [self.action_tokens(action), *parts]
         if extra is not None:
             parts = [extra, *parts]
         x = self.blocks(torch.cat(parts, dim=1))
@@ -463,14 +463,9 @@ class Predictor(nn.Module):
             tokens = torch.cat([tokens, repeat(action, "b a -> b m a", m=asked.shape[1])], dim=2)
         return self.mix(tokens)
 
-    def action_tokens(self, action: Tensor, asked: Tensor) -> Tensor:
-        """`sequence`: each of the A scalars is a token. [B, A, W], or twice: [B, 2A, W].
-
-        deviation: asked for all N, about 2N tokens compete with the action, so it joins twice.
-        """
-        tokens = action.unsqueeze(2) * self.action_weight + self.action_bias
-        copies = 2 if asked.shape[1] == len(self.positions) else 1
-        return tokens.repeat(1, copies, 1)
+    def action_tokens(self, action: Tensor) -> Tensor:
+        """`sequence`: each of the A scalars is a token. [B, A] -> [B, A, W]."""
+        return action.unsqueeze(2) * self.action_weight + self.action_bias
 
     def everywhere(self, z: Tensor, action: Tensor, extra=None) -> Tensor:
         """Imagine all positions from the latents of all positions, [B, N, D] -> [B, N, D]."""

@@ -19,19 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from pytest import approx, fixture, raises
-from torch import (
-    arange,
-    cat,
-    equal,
-    nn,
-    ones,
-    rand,
-    randint,
-    randn,
-    stack,
-    tensor,
-    zeros,
-)
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import finetune
@@ -41,31 +29,37 @@ import lab.measures
 import lab.pictures
 import lab.shapes
 import lab.tables
+import test_iwm
 import train
 from lab import machine
-from test_iwm import close, each, every_mode, noise, seeded
+from test_iwm import IDENTITY, TINY, act, close, each, every_mode, noise, seeded, tiny
 
 
 class TestProbes:
     def test_rankme_is_the_effective_rank(self):
         """Singular values 3 and 1: exp(-3/4 log 3/4 - 1/4 log 1/4) = 1.755."""
-        q = torch.linalg.qr(randn(100, 5, generator=seeded())).Q
-        features = q, ones(50, 8), q[:, :2] * tensor([3, 1]), q * tensor([1, 1, 1, 1, math.nan])
+        q = torch.linalg.qr(torch.randn(100, 5, generator=seeded())).Q
+        features = (
+            q,
+            torch.ones(50, 8),
+            q[:, :2] * torch.tensor([3, 1]),
+            q * torch.tensor([1, 1, 1, 1, math.nan]),
+        )
         found = [lab.measures.rankme(f) for f in features]
         close(found, [5, 1, 1.755, math.nan], "five equal, a constant, (3, 1), not finite", 0.01)
 
     @each("probe, scale", [("knn_accuracy", 1), ("linear_accuracy", 1000)])
     def test_probes_find_separable_classes(self, probe, scale):
         """A linear probe reads small features as well."""
-        labels = arange(800) % 4
-        f = F.one_hot(labels, 16) + 0.1 * randn(800, 16, generator=seeded())
+        labels = torch.arange(800) % 4
+        f = F.one_hot(labels, 16) + 0.1 * torch.randn(800, 16, generator=seeded())
         f[:, :4] /= scale
         test = f[400::4], labels[400::4]  # one class: its own mean would hide it
         close(getattr(lab.measures, probe)(f[:400], labels[:400], *test), 1.0, "accuracy", 0.05)
 
     def test_knn_is_a_naive_one(self):
-        train, test = randn(1200, 4, generator=seeded()).split([100, 1100])
-        labels = arange(100) % 3
+        train, test = torch.randn(1200, 4, generator=seeded()).split([100, 1100])
+        labels = torch.arange(100) % 3
         near, i = F.cosine_similarity(test[:, None], train, dim=2).topk(20)
         votes = F.one_hot(labels[i]) * (near / 0.07).exp()[:, :, None]
         truth = votes.sum(dim=1).argmax(dim=1)
@@ -76,8 +70,51 @@ class TestProbes:
     @pytest.mark.filterwarnings("error")
     def test_one_training_image_is_enough(self):
         labels = torch.full((5,), 3)
-        found = lab.measures.linear_accuracy(rand(1, 8), labels[:1], rand(5, 8), labels)
+        found = lab.measures.linear_accuracy(torch.rand(1, 8), labels[:1], torch.rand(5, 8), labels)
         close(found, 1.0, "accuracy")
+
+
+@each("name, value", [("patch", 5), ("pred_width", 18), ("conditioning", 0), ("context", 1)])
+def test_a_wrong_setting_is_named(name, value):
+    with raises(ValueError, match=name):
+        iwm.Config(**{name: value})
+
+
+@each("i", range(4))
+def test_only_an_ignored_component_has_an_error(i):
+    model, others = tiny(), torch.arange(7) != i
+    model.imagine = lambda image, action: model.targets(act(image, action * others))
+    ends = torch.where(torch.arange(4) == i, TINY.jitter_range, IDENTITY)
+    errors = lab.measures.measure_components(model, noise(2))
+
+    close(lab.measures.sweep_params(i, TINY)[[0, -1]], ends, f"ends of sweep {i}")
+    close([*errors.values()], 0.27 * torch.eye(4)[i], f"{[*errors]}, number {i} ignored", 0.02)
+
+
+def test_planning_is_measured_in_shares_of_the_range(monkeypatch):
+    """A planner that finds everything has no error; the identity misses a quarter of the range."""
+    model, images = tiny(conditioning="none", image_size=8), noise(999, 8)
+    nothing = [*lab.measures.measure_planning(model, images, seeded()).values()]
+    params = iwm.jitter_params(999, TINY, seeded(), always=True)
+    monkeypatch.setattr(model, "plan", lambda images, goals: params)
+    everything = [*lab.measures.measure_planning(model, images, seeded()).values()]
+
+    close(nothing[0], 1.0, "plan_left of doing nothing")
+    close(nothing[1:], [0.25] * 4, "plan_error_* of doing nothing", 0.03)
+    close(everything, [0.0] * 5, "plan_left and plan_error_* of a perfect planner", 1e-4)
+
+
+def test_the_hand_out_is_graded(tmp_path):
+    path = tmp_path / "handed_out.py"
+    test_iwm.hand_out(path)
+    with raises(SystemExit, match="exists"):
+        test_iwm.hand_out(path)
+    environment = os.environ | {"IWM": "handed_out", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", test_iwm.__file__, "-k", "TestTeacher"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    expected = "Exercise 7, TestTeacher: 1 of 2, not written yet: IWM.update_teacher"
+    assert run.stdout.splitlines()[-1] == expected, run.stdout + run.stderr
 
 
 class TestFakeGPU:
@@ -93,7 +130,7 @@ class TestFakeGPU:
         monkeypatch.setattr(torch.autograd, "grad", lambda *_, **__: [images[:, 0, 0, :7]])
         monkeypatch.setattr(torch.Tensor, "cpu", lambda _: pytest.fail("from device to host"))
         with FakeTensorMode(allow_non_fake_inputs=True):
-            images = rand(2, 3, *[config.image_size] * 2, device="cuda")
+            images = torch.rand(2, 3, *[config.image_size] * 2, device="cuda")
             model.to("cuda")
             imagined = model.imagine(images, images[:, 0, 0, :7])
             found = model.loss(images), imagined, model.plan(images, images, steps=2)
@@ -127,7 +164,7 @@ def read(path):
 
 def counted(n):
     """Images whose pixels are their number."""
-    return arange(n).byte()[:, None, None, None].expand(-1, 3, 16, 16)
+    return torch.arange(n).byte()[:, None, None, None].expand(-1, 3, 16, 16)
 
 
 def numbers(images):
@@ -136,7 +173,7 @@ def numbers(images):
 
 def marked():
     """Splits of one grey each: 0 is train, 100 val, 200 test; their labels are 0, 1, 2."""
-    return {s: (0 * counted(16) + 100 * i, 0 * arange(16) + i) for i, s in enumerate(SPLITS)}
+    return {s: (0 * counted(16) + 100 * i, 0 * torch.arange(16) + i) for i, s in enumerate(SPLITS)}
 
 
 @fixture
@@ -195,12 +232,12 @@ def coded(labels):
     def shapes(n, seed, size):
         g = seeded(seed)
         order = torch.randperm(n // 2, generator=g).repeat(2)
-        truth = stack([order // 2**bit % 2 for bit in range(4)])
-        left = (arange(size) < size // 2).expand(n, size, size)
-        images = randint(50, (n, 3, size, size), generator=g) + 50 * left[:, None]
+        truth = torch.stack([order // 2**bit % 2 for bit in range(4)])
+        left = (torch.arange(size) < size // 2).expand(n, size, size)
+        images = torch.randint(50, (n, 3, size, size), generator=g) + 50 * left[:, None]
         images += 150 * truth.T.repeat(1, size // 4)[:, None, None]
-        coins = randint(2, (5, n // 2), generator=g)
-        coins = cat([coins, 1 - coins], dim=1)
+        coins = torch.randint(2, (5, n // 2), generator=g)
+        coins = torch.cat([coins, 1 - coins], dim=1)
         wrong = {"true": 0 * coins, "opposite": 0 * coins + 1, "random": coins}[labels[seed]]
         mask = left ^ wrong[4, :, None, None].bool()
         return dict(zip(FACTORS, truth ^ wrong[:4]), images=images.byte(), mask=mask)
@@ -262,7 +299,7 @@ def log(call, patch, spy, steps):
         log.batches.append(numbers(255 * images))
         log.draws.append(torch.rand(1, generator=generator).item())
 
-    data = marked() | {"train": (counted(40), 0 * arange(40))}
+    data = marked() | {"train": (counted(40), 0 * torch.arange(40))}
     patch(train, load_data=lambda *_: data, measure=measure)
     patch(lab.tables, measure=measure)
     spy(train.IWM, "forward", forward)
@@ -329,7 +366,7 @@ def test_schedules_and_weight_decay_of_a_run(log, steps):
 @fixture
 def fitted(spy):
     """-> a network fitted to tasks a and b, what it saw."""
-    tasks = {n: finetune.Task(marked() | {"train": (counted(16), arange(16))}) for n in "ab"}
+    tasks = {n: finetune.Task(marked() | {"train": (counted(16), torch.arange(16))}) for n in "ab"}
     seen = []
 
     def look(network, images, task):
@@ -360,7 +397,9 @@ def test_finetuning_has_each_image_once_an_epoch(fitted):
 def test_finetuning_crops_images_and_the_labels_of_pixels_with_them():
     """The class of a pixel is its brightness in steps of 50."""
     labels = (
-        randint(5, (8, 4, 4), generator=seeded()).repeat_interleave(4, 1).repeat_interleave(4, 2)
+        torch.randint(5, (8, 4, 4), generator=seeded())
+        .repeat_interleave(4, 1)
+        .repeat_interleave(4, 2)
     )
     images = (50 * labels).byte()[:, None].expand(-1, 3, -1, -1)
     task = finetune.Task({"train": (images, labels)})
@@ -391,12 +430,12 @@ def test_k_imagined_is_the_mean_over_k_actions(patch):
     found = lab.measures.probe("linear, 5 imagined", small(), marked(), 0)["test"]
 
     assert len(actions) == 15, "5 for each split"
-    assert len(cat(actions[:5]).unique(dim=0)) == 80, "each has its own"
+    assert len(torch.cat(actions[:5]).unique(dim=0)) == 80, "each has its own"
     assert not found[:, 4:].any() and found.abs().max() < 1, "actions of the bank"
     close(found, sum(actions[:5]) / 5, "the mean")
     actions.clear()
     lab.measures.probe("linear, predictor", small(), marked(), 0)
-    assert not cat(actions).any(), "the predictor's own row has the null action"
+    assert not torch.cat(actions).any(), "the predictor's own row has the null action"
 
 
 class TestNetwork:
@@ -432,7 +471,7 @@ class TestNetwork:
         network, start = fitted(row, 0, model, 1.5)[0], fitted(row, 0, model, 0.5)[0].state_dict()
 
         for name, p in network.named_parameters():
-            moved = not equal(p, start[name])
+            moved = not torch.equal(p, start[name])
             assert moved != (still and name.startswith("encoder.")), f"{name} moved: {moved}"
         for name, p in small().state_dict().items():
             close(model.state_dict()[name], p, f"{name} of the checkpoint", 0)
@@ -445,14 +484,14 @@ class TestNetwork:
         z, context, asked, action, token = given
 
         close(z, network.encoder(images), "latents of clean images")
-        close(stack([context, asked]), arange(4).expand(2, 2, 4), "all positions")
-        close(action, zeros(2, 7), "the null action")
+        close(torch.stack([context, asked]), torch.arange(4).expand(2, 2, 4), "all positions")
+        close(action, torch.zeros(2, 7), "the null action")
         close(token, network.task_tokens["b"].expand(2, -1, -1), "the token of the task")
-        assert not equal(*network.task_tokens.values()), "tasks share a token"
+        assert not torch.equal(*network.task_tokens.values()), "tasks share a token"
 
 
 def test_mean_iou_worked_by_hand():
-    found = finetune.mean_iou(tensor([[0, 1, 1, 1]]), tensor([[0, 0, 1, 1]]), 4)
+    found = finetune.mean_iou(torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 0, 1, 1]]), 4)
     assert found == approx((1 / 2 + 2 / 3) / 2), "classes 2, 3 do not count"
 
 
@@ -462,7 +501,9 @@ def test_table_of_finetuning_over_seeds(call, patch):
     def row(row, model, tasks, seed, args):
         for name, task in tasks.items():
             images, labels = task.data["train"]
-            assert equal(images, made["images"][:5]) and equal(labels, made[name][:5]), name
+            assert torch.equal(images, made["images"][:5]) and torch.equal(
+                labels, made[name][:5]
+            ), name
         return {"val": {}, "test": {t: seed / 10 for t in tasks}, "trainable": 7}
 
     call()
@@ -552,7 +593,10 @@ def test_nothing_is_overwritten_and_half_a_file_is_refused(call):
 @each("script", [train, finetune])
 @each("error", [KeyboardInterrupt("stopped"), OSError(28, "full"), ValueError("bug")])
 def test_a_bug_has_a_traceback_other_ends_a_line(script, error, patch):
-    patch(train.argparse.ArgumentParser, parse_args=lambda *_: (_ for _ in ()).throw(error))
+    def parse_args(parser, argv=None):
+        raise error
+
+    patch(train.argparse.ArgumentParser, parse_args=parse_args)
     with raises(ValueError if "bug" in str(error) else SystemExit, match="stopped|full|bug"):
         runpy.run_path(script.__file__, run_name="__main__")
 
@@ -584,18 +628,18 @@ class TestShapes:
     def test_the_same_seed_draws_the_same_and_all_differ(self, patch):
         patch(lab.shapes, SIZES=dict(train=2000, val=200, test=200))
         data = train.load_data(replace(RECIPE, image_size=32), CPU, None)
-        images = cat([images for images, _ in data.values()])
+        images = torch.cat([images for images, _ in data.values()])
         assert [len(labels) for _, labels in data.values()] == [2000, 200, 200], "sizes"
-        assert equal(images[:1000], self.made["images"]), "drawn twice"
-        assert equal(data["train"][1][:1000], self.made["shape"]), "labels are shapes"
+        assert torch.equal(images[:1000], self.made["images"]), "drawn twice"
+        assert torch.equal(data["train"][1][:1000], self.made["shape"]), "labels are shapes"
         assert len(images.flatten(1).unique(dim=0)) == 2400, "all differ"
         for name, kinds in dict(shape=8, colour=8, texture=4, background=4).items():
             assert self.made[name].bincount(minlength=kinds).min() > 0.7 * 1000 / kinds, name
 
     def test_the_mask_has_the_outline_of_the_shape(self):
-        art = tensor([[c == "#" for c in line] for line in OUTLINES.split()]).float()
+        art = torch.tensor([[c == "#" for c in line] for line in OUTLINES.split()]).float()
         art = art.view(7, 8, 7).movedim(1, 0).flatten(1)
-        right = zeros(8)
+        right = torch.zeros(8)
         for mask, shape in zip(self.made["mask"], self.made["shape"]):
             y, x = mask.nonzero().T
             box = mask[y.min() : y.max() + 1, x.min() : x.max() + 1].float()
@@ -683,7 +727,7 @@ def test_a_folder_has_the_order_of_torchvision_shuffled(load):
         Image.new("RGB", (9, 9), (i, 0, 0)).save(file)
     for _ in range(2):
         data = train.load_data(replace(RECIPE, data="d"), CPU, Path("cache"))
-        assert numbers(cat([data["val"][0], data["train"][0]])) == [*range(24)]
+        assert numbers(torch.cat([data["val"][0], data["train"][0]])) == [*range(24)]
         data["train"][0].zero_()  # does not reach the cache
 
 
@@ -764,7 +808,7 @@ def test_cifar_keeps_its_splits_and_labels(call, patch):
     one, val, test = labels = [data[s][1].tolist() for s in SPLITS]
     assert [numbers(data[s][0]) for s in SPLITS] == labels, "labels"
     assert len(val) == 6 and sorted(one + val) == [*range(60)], "held out"
-    assert equal(data["val"][1], again["val"][1]), "held out each time"
+    assert torch.equal(data["val"][1], again["val"][1]), "held out each time"
     assert sorted(test) == [*range(100, 120)], "test"
     patch(lab.data.torchvision.datasets, CIFAR10=lambda *_, **__: os.listdir("network"))
     assert "cannot be downloaded" in call("--data=cifar10")
@@ -835,7 +879,7 @@ def test_a_rank_needs_torchrun(monkeypatch):
 def test_bfloat16_only_where_the_cpu_has_it(native, wanted, patch):
     patch(torch.cpu, _is_avx512_bf16_supported=lambda: native)
     with train.autocast(replace(RECIPE, bf16=wanted), CPU):
-        found = (zeros(2, 2) @ zeros(2, 2)).dtype
+        found = (torch.zeros(2, 2) @ torch.zeros(2, 2)).dtype
     assert found == (torch.bfloat16 if native and wanted else torch.float32)
 
 
