@@ -3,8 +3,8 @@
     python -m lab.pictures assets/cifar.pt photo.jpg           # imagine.gif and all others
     python -m lab.pictures assets/cifar.pt photo.jpg goal.jpg  # plan.png: only colours can follow
 
-They go to runs/photo-NAME or to --out FOLDER. Latents become visible by a linear decoder; for a
-photograph it is fitted on random crops of it.
+They go to runs/photo-NAME or to --out FOLDER. What makes latents visible is a linear decoder; for
+a photograph it is fitted on random crops of it.
 A sheet is {name: column of cells}; a cell is text, an image [3, S, S] or (image, framed).
 """
 
@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -32,28 +31,24 @@ def fit_decoder(model: IWM, images: Tensor, generator=None):
 
     Ridge regression from the targets of jittered images; the predictor plays no part in it.
     """
-    patches = dict(h=model.config.grid, p=model.config.patch, q=model.config.patch)
-    params = iwm.jitter_params(len(images), model.config, generator, images.device)
-    images = iwm.jitter(images, params)
-    h = F.pad(model.targets(images), (0, 1), value=1.0).flatten(0, 1).double().cpu()
-    pixels = rearrange(images.double().cpu(), "b c (h p) (w q) -> (b h w) (c p q)", **patches)
+    c, sides = model.config, dict(kernel_size=model.config.patch, stride=model.config.patch)
+    images = iwm.jitter(images, iwm.jitter_params(len(images), c, generator, images.device))
+    pixels = F.unfold(images, **sides).mT.flatten(0, 1).cpu().double()
+    h = F.pad(model.targets(images), (0, 1), value=1.0).flatten(0, 1).cpu().double()
     ridge = 1e-3 * len(images) * torch.eye(h.shape[1])
     weights = torch.linalg.solve(h.T @ h + ridge, h.T @ pixels).to(images)
 
     def decode(h):
-        pixels = F.pad(h, (0, 1), value=1.0) @ weights
-        return rearrange(pixels, "b (h w) (c p q) -> b c (h p) (w q)", **patches)
+        return F.fold((F.pad(h, (0, 1), value=1.0) @ weights).mT, c.image_size, **sides)
 
     return decode
 
 
 def in_words(changes: Tensor) -> list[str]:
     """What is not 0 in changes of jitter parameters [B, 4] or in actions [B, 7]."""
-    words = [
-        "\n".join(f"{n} {c:+.2f}" for n, c in zip(iwm.ACTION, change) if abs(c) > 0.005)
-        for change in changes.tolist()
-    ]
-    return [text or "no change" for text in words]
+    named = [zip(iwm.ACTION, change) for change in changes.tolist()]
+    words = [[f"{name} {c:+.2f}" for name, c in pairs if abs(c) > 0.005] for pairs in named]
+    return ["\n".join(lines) or "no change" for lines in words]
 
 
 def paint(sheet: dict, tile: int = 96) -> Image.Image:
@@ -140,14 +135,14 @@ def save_gif(film: list[dict], path: Path):
 @torch.compiler.set_stance("force_eager")
 def draw(model: IWM, data: dict, out: Path):
     """All pictures of a run folder, of the first eight held-out images: uncurated."""
-    config, device = model.config, next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(0)
+    device = next(model.parameters()).device
+    first, second, third = (torch.Generator(device).manual_seed(i) for i in range(3))
     images = to_float(data["val"][0][:8], device)
-    decode = fit_decoder(model, to_float(data["train"][0][:500], device), generator)
-    params = iwm.jitter_params(len(images), config, generator, device, always=True)
+    decode = fit_decoder(model, to_float(data["train"][0][:500], device), first)
+    params = iwm.jitter_params(len(images), model.config, third, device, always=True)
     sheets = {
-        "views": views(images, config, generator),
-        "retrieval": retrieval(model, images, decode, generator),
+        "views": views(images, model.config, first),
+        "retrieval": retrieval(model, images, decode, second),
         "plan": plans(model, images, iwm.jitter(images, params)),
     }
     sheets["plan"]["true action"] = in_words(params.cpu() - IDENTITY)
@@ -159,12 +154,12 @@ def draw(model: IWM, data: dict, out: Path):
 
 def draw_curves(metrics: list[dict], path: Path):
     try:
-        import matplotlib.figure
+        from matplotlib.figure import Figure
     except ImportError:  # an optional extra
         return
     errors = " ".join(f"error_{name}" for name in JITTER)
     panels = "loss", "target_std", "rankme", "mrr chance plan_left", "knn linear", errors
-    figure = matplotlib.figure.Figure(figsize=(12, 6), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     for axis, panel in zip(figure.subplots(2, 3).flat, panels):
         for name in panel.split():
             axis.plot([m["images"] for m in metrics], [m[name] for m in metrics], ".-", label=name)
@@ -188,15 +183,14 @@ def main():
             photos.append(torch.from_numpy(read_image(file, model.config.image_size)))
         except Exception as error:  # foreign bytes can raise anything
             sys.exit(f"{file} cannot be read as an image: {error}")
-    photo, *goals = to_float(torch.stack(photos), device).split(1)
+    photo, goals = to_float(torch.stack(photos), device).tensor_split([1])
 
     out = args.out or Path("runs") / f"photo-{Path(args.photo[0]).stem}"
     out.mkdir(parents=True, exist_ok=True)
-    if goals:
-        paint(plans(model, photo.expand(len(goals), -1, -1, -1), torch.cat(goals))).save(
-            out / "plan.png"
-        )
+    if len(goals):
+        paint(plans(model, photo.expand_as(goals), goals)).save(out / "plan.png")
     else:
+        torch.manual_seed(0)
         crops = iwm.random_crop_flip(photo.expand(500, -1, -1, -1), model.config)
         draw(model, {"train": [255 * crops], "val": [255 * photo]}, out)
     print(f"see {out}")
