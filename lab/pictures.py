@@ -3,8 +3,9 @@
     python -m lab.pictures assets/cifar.pt photo.jpg           # imagine.gif and all others
     python -m lab.pictures assets/cifar.pt photo.jpg goal.jpg  # plan.png: only colours can follow
 
-They go to runs/photo-NAME or to --out FOLDER. What makes latents visible is a linear decoder; for
-a photograph it is fitted on random crops of it.
+They go to runs/photo-NAME, or to --out FOLDER. A linear decoder makes latents visible; here it is
+fitted on random crops of the photograph.
+
 A sheet is {name: column of cells}; a cell is text, an image [3, S, S] or (image, framed).
 """
 
@@ -197,4 +198,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # of the disk: full, or a folder without access
+        sys.exit(f"{error}")
