@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageColor, ImageSequence, PngImagePlugin
 from pytest import approx, fixture, raises
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -524,9 +524,9 @@ def test_a_run_leaves_its_files(call, patch):
     call("--measure=run/last.pt --out=again")
     result, again = read("run/result.json"), read("again/result.json")
     names = "step images seconds loss mrr hit1 target_std rankme knn linear error_hue plan_left"
-    files = "config.json last.pt metrics.jsonl plan.png result.json retrieval.png strip.png "
+    files = "config.json imagine.gif last.pt metrics.jsonl plan.png result.json retrieval.png "
 
-    assert sorted(os.listdir("run")) == [*files.split(), "views.png"], "files"
+    assert sorted(os.listdir("run")) == [*files.split(), "strip.png", "views.png"], "files"
     assert {*names.split()} <= read("run/metrics.jsonl")[1].keys(), "metrics.jsonl"
     assert f"{result['trained']['mrr']:.4f}" in said, "MRR is printed"
     assert result["trained"] == again["trained"], "--measure finds other numbers"
@@ -900,3 +900,153 @@ class TestWeights:
         found = iwm.measure_mrr(model, images, seeded())["mrr"]
 
         assert found > 0.3, f"MRR on shapes, which it never saw, is {found:.2f}: chance is 0.024"
+
+
+# ---- Pictures: a sheet is data before it is painted ----------------------------------------------
+
+IMAGES, STRENGTHS = torch.rand(7, 3, 16, 16, generator=seeded()), RECIPE.jitter_strengths
+
+
+def told(words):
+    """The changes [4] of the jitter that words tell, to two digits."""
+    found = dict(line.split() for line in words.split("\n") if line[-3:-2] == ".")
+    return torch.tensor([float(found.get(name, 0)) for name in iwm.JITTER])
+
+
+def changed(image, words):
+    return iwm.jitter(image[None], iwm.IDENTITY + told(words)[None])[0]
+
+
+def decode(latents):
+    return latents.view(-1, 3, 16, 16)
+
+
+def perfect(order=slice(None)):
+    """Its latents are pixels; what it imagines is 0.01 darker, and in another order."""
+
+    def imagine(images, action):
+        params = iwm.IDENTITY + action[:, :4] * STRENGTHS
+        pictures = iwm.jitter(images.expand(len(action), -1, -1, -1), params)
+        return model.targets(pictures[order]) - 0.01
+
+    model = small()
+    model.targets, model.imagine = lambda images: images.flatten(1)[:, None], imagine
+    model.plan = lambda a, b: (
+        iwm.IDENTITY + (a - 2 * b).mean(dim=(1, 2, 3))[:, None] * torch.ones(4)
+    )
+    return model
+
+
+@each("right, order", [(True, [0, 2, 1, 3]), (False, [2, 1, 0, 3])])
+def test_only_the_truth_is_framed(right, order):
+    sheet = lab.pictures.retrieval(perfect(order), IMAGES, decode, seeded())
+    for image, (_, words, imagined, near, truth) in zip(IMAGES, zip(*sheet.values())):
+        close(changed(image, words), truth, "the truth, by the words", 0.05)
+        close(imagined, near[0] - 0.01, "the nearest to what is imagined, decoded")
+        assert (near[1], torch.equal(near[0], truth), "rank 1 of 4" in words) == (right,) * 3
+
+
+def test_views_hide_what_is_masked():
+    sheet, again = lab.pictures.views(IMAGES, RECIPE, seeded()), seeded()
+    x, y, action = iwm.make_views(IMAGES, RECIPE, again)
+    _, masked = iwm.sample_masks(7, RECIPE, again)
+    seen = sheet["context of x"]
+
+    assert torch.equal(sheet["source x"], x) and torch.equal(sheet["target y"], y)
+    assert torch.equal((seen == 0.5)[:, 0, ::8, ::8].flatten(1).nonzero()[:, 1:], masked), "grey"
+    close(torch.where(seen == 0.5, x, seen), x, "the context shows x")
+    for words, a in zip(sheet["action x -> y"], action):
+        close(told(words), a[:4] * STRENGTHS, words, 0.006)
+        assert [name in words for name in iwm.ACTION[4:]] == a[4:].bool().tolist(), words
+
+
+def test_the_film_goes_round_without_a_jump():
+    film, changes = lab.pictures.frames(perfect(), IMAGES[:2], decode), []
+    for sheet in film:
+        (words, labels), *cells = sheet.items()
+        changes.append(told(words))
+        assert [label.split(",")[0] for label in labels] == ["imagined", "truth"]
+        for image, (_, (imagined, truth)) in zip(IMAGES, cells):
+            close(truth, changed(image, words), f"the truth of {words}", 0.05)
+            close(imagined, truth - 0.01, f"imagined, {words}")
+    changes, swept = torch.stack(changes), STRENGTHS * torch.tensor([1, 0, 0, 1])
+    steps = (changes - changes.roll(1, 0)).abs().amax(dim=0)
+
+    assert [*film[0]] == ["no change", "image 1", "image 2"]
+    assert "-0.30\nto +0.30" in film[0]["no change"][0], "its range"
+    close(steps, swept / 4, "largest step; one leads from the last to the first", 0.011)
+    close(torch.stack([*changes.aminmax(dim=0)]), torch.stack([-swept, swept]), "its range", 0.006)
+
+
+def test_a_run_draws_held_out_images(patch, spy, tmp_path):
+    painted, fitted, data, model = [], [], marked(), perfect()
+    data["val"] = counted(12) * 20, torch.arange(12)
+    spy(lab.pictures, "paint", lambda sheet, *_, **__: painted.append(sheet))
+    patch(lab.pictures, fit_decoder=lambda _, images, *__: fitted.append(images) or decode)
+    DRAW(model, data, tmp_path)
+    first, plan = train.to_float(data["val"][0][:8]), painted[2]
+
+    assert not fitted[0].any(), "the decoder is fitted on training images"
+    for sheet, n in zip(painted, (8, 8, 8, 6)):
+        assert torch.equal(torch.stack([*sheet["image"]]), first[:n]), "the first of val"
+    close(torch.stack([painted[4][f"image {i}"][1] for i in (1, 2, 3, 4)]), first[:4], "film")
+    for image, goal, words in zip(plan["image"], plan["goal"], plan["true action"]):
+        close(changed(image, words), goal, "the true action", 0.02)
+    found = model.plan(plan["image"], plan["goal"])
+    close(plan["reached"], iwm.jitter(plan["image"], found), "reached by what was found")
+    close(torch.stack([*map(told, plan["action found"])]), found - iwm.IDENTITY, "words", 0.006)
+
+
+def test_the_decoder_finds_the_pixels_of_targets():
+    model, turn = small(), torch.linalg.qr(torch.randn(192, 192, generator=seeded())).Q
+    model.targets = lambda images: F.unfold(images, 8, stride=8).mT @ turn
+    images = torch.rand(200, 3, 16, 16, generator=seeded())
+    found = lab.pictures.fit_decoder(model, images, seeded())(model.targets(IMAGES))
+    close(found, IMAGES, "pixels", 0.1)
+
+
+def test_paint_and_gif_show_their_cells(tmp_path):
+    names, film = ("red", "lime", "blue"), tmp_path / "film.gif"
+    red, green, blue = (
+        F.one_hot(torch.tensor(i), 3)[:, None, None] * torch.ones(3, 4, 4) for i in range(3)
+    )
+    page = lab.pictures.paint({"a": [red, (green, True)], "b": ["", (blue, False)]})
+    places = [(50, 90), (50, 190), (152, 190), (4, 190), (106, 190), (152, 90)]
+    colours = map(ImageColor.getrgb, [*names, "limegreen", "white", "white"])
+    assert [page.getpixel(place) for place in places] == [*colours]
+
+    lab.pictures.save_gif([{"no change": [red]}, {"x": [green]}, {"y": [blue]}], film)
+    with Image.open(film) as gif:
+        found = [frame.convert("RGB").getpixel((60, 120)) for frame in ImageSequence.Iterator(gif)]
+        assert found == [*map(ImageColor.getrgb, names)] and gif.info["loop"] == 0
+
+
+def test_a_photograph_of_ones_own(patch, spy, tmp_path, monkeypatch):
+    sheets, fitted = [], []
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": asdict(RECIPE), "model": small().state_dict()}, "last.pt")
+    Path("none.jpg").write_text("no image")
+    spy(lab.pictures, "paint", lambda sheet, *_, **__: sheets.append(sheet))
+    spy(lab.pictures, "fit_decoder", lambda model, *_: fitted.append(model))
+
+    def run(*args):
+        sheets.clear()
+        patch(sys, argv=["", "last.pt", *args])
+        lab.pictures.main()
+
+    files = "portrait.jpg 20 50", "grey.png 40 40", "clear.png 40 30", "tiny.bmp 1 1"
+    for i, (mode, file) in enumerate(zip(("RGB", "L", "RGBA", "RGB"), files)):
+        file, *size = file.split()
+        image = Image.new("RGB", [*map(int, size)], (50 + i,) * 3).convert(mode)
+        image.save(file)
+        run(file)
+        assert Path(f"runs/photo-{Path(file).stem}/imagine.gif").exists()
+        close(255 * sheets[4]["image 1"][1], 50.0 + i + torch.zeros(3, 16, 16), file, 0.1)
+    run("tiny.bmp", "grey.png", "--out=there")
+    found = [255 * sheets[0][name][0].mean() for name in ("image", "goal")]
+
+    close(found, [53, 51], "from the first to the second", 0.1)
+    assert os.listdir("there") == ["plan.png"] and len(sheets) == 1
+    assert all(torch.equal(p, q) for p, q in zip(fitted[0].parameters(), small().parameters()))
+    with raises(SystemExit, match=r"^none.jpg cannot be read[^\n]*$"):
+        run("none.jpg")
