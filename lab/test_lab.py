@@ -1042,6 +1042,10 @@ def test_a_photograph_of_ones_own(patch, spy, tmp_path, monkeypatch):
         run(file)
         assert Path(f"runs/photo-{Path(file).stem}/imagine.gif").exists()
         close(255 * sheets[4]["image 1"][1], 50.0 + i + torch.zeros(3, 16, 16), file, 0.1)
+    Image.linear_gradient("L").save("ramp.png")
+    run("ramp.png")
+    whole = lab.data.read_image("ramp.png", 16)
+    close(255 * sheets[0]["image"][0], torch.tensor(whole), "no crop of it", 0.1)
     run("tiny.bmp", "grey.png", "--out=there")
     found = [255 * sheets[0][name][0].mean() for name in ("image", "goal")]
 
