@@ -285,9 +285,11 @@ def parse(argv=None) -> argparse.Namespace:
     add("--labels", type=int, default=0, help="only the first N training images (default: all)")
     add("--seeds", type=int, default=1, help="seeds per row")
     add("--seed", type=int, default=0, help="the first of them")
-    add("--epochs", type=float, default=1, help="passes over the training images (1: a short run)")
+    add(
+        "--epochs", type=float, default=2, help="passes over the training images (2: a short table)"
+    )
     add("--batch-size", type=int, default=64, help="images a step, shared among the tasks (64)")
-    add("--lr", type=float, default=1e-3, help="of new weights, of learned ones a tenth (1e-3)")
+    add("--lr", type=float, default=2e-3, help="of new weights, of learned ones a tenth (2e-3)")
     add("--out", type=Path, help="folder of finetune.jsonl (default: the run's, or runs/NAME)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     parser.error = lambda message: sys.exit(f"{message}; see --help")
