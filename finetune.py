@@ -3,7 +3,7 @@
     python finetune.py runs/shapes/last.pt                      # a short table, in minutes
     python finetune.py runs/shapes/last.pt --epochs 25          # trained until nothing moves
     python finetune.py runs/shapes/last.pt --protocol table     # with kNN and linear probes
-    python finetune.py runs/shapes/last.pt --protocol average   # probes of K imagined variants' mean
+    python finetune.py runs/shapes/last.pt --protocol average   # probe K imagined variants' mean
     python finetune.py runs/shapes/last.pt --task shape,colour  # several tasks with one predictor
     python finetune.py runs/shapes/last.pt --task segment       # a class for each pixel: mIoU
 

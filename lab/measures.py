@@ -82,7 +82,7 @@ def linear_accuracy(
 ) -> float:
     """Linear probe on standardised features [n, D], labels [n] int64.
 
-    deviation: in closed form, ridge regression to one-hot labels.
+    It is ridge regression to one-hot labels, in closed form: nothing to tune.
     """
     mean, std = train.mean(dim=0), train.std(dim=0, correction=0) + 1e-6
     standardised = [F.pad((f - mean) / std, (0, 1), value=1.0) for f in (train, test)]
