@@ -112,7 +112,8 @@ def batches(images: Tensor, recipe: Recipe, start: int, device):
         mine = order[i * B :][:B][machine.RANK :: machine.WORLD]
         return images[mine.to(images.device)].to(device)
 
-    with ThreadPoolExecutor(1) as thread:
+    # one thread of its own: a team of them would take the step's cores
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
         following = thread.submit(gather, start)
         for step in range(start, recipe.steps):
             now, following = following.result(), thread.submit(gather, step + 1)
