@@ -1,7 +1,7 @@
 """Use the learned world model: finetune the predictor on a task, beside its controls, in one table.
 
     python finetune.py runs/shapes/last.pt                      # a short table, in minutes
-    python finetune.py runs/shapes/last.pt --epochs 25          # trained until nothing moves
+    python finetune.py runs/shapes/last.pt --epochs 25          # trained for longer
     python finetune.py runs/shapes/last.pt --protocol table     # with kNN and linear probes
     python finetune.py runs/shapes/last.pt --protocol average   # probe K imagined variants' mean
     python finetune.py runs/shapes/last.pt --task shape,colour  # several tasks with one predictor
@@ -30,10 +30,10 @@ from tqdm import tqdm
 import iwm
 from iwm import IWM
 from lab.data import load_data, to_float
-from lab.machine import QUIET, autocast, set_up
+from lab.machine import QUIET, autocast, checkpoint_file, set_up
 from lab.measures import mean_iou, probe
 from lab.shapes import load_shapes
-from lab.tables import finetuned
+from lab.tables import finetuning_table
 from train import load_checkpoint
 
 # ---- The rows: what each makes of the checkpoint's encoder and predictor -------------------------
@@ -79,7 +79,10 @@ class Task:
 
 
 def load_tasks(names: list[str], recipe, labels: int, device, cache: Path) -> dict[str, Task]:
-    """classify | on shapes: segment, shape, colour, texture, background. Labels: the first N."""
+    """The tasks of these names, with the first `labels` training images (0: all of them).
+
+    Any data can classify; shapes have shape, colour, texture, background and segment.
+    """
     known = ("classify",)
     if recipe.data == "shapes":
         known = ("shape", "colour", "texture", "background", "segment")
@@ -158,8 +161,8 @@ class Network(nn.Module):
             self.predictor.load_state_dict(model.predictor.state_dict())
         self.heads = nn.ModuleDict({name: task.head(config) for name, task in tasks.items()})
         # one token per task tells a shared predictor what is asked
-        shared = predictor and len(tasks) > 1
-        tokens = {name: 0.02 * torch.randn(1, 1, config.pred_width) for name in tasks if shared}
+        names = tasks if predictor and len(tasks) > 1 else ()
+        tokens = {name: 0.02 * torch.randn(1, 1, config.pred_width) for name in names}
         self.task_tokens = nn.ParameterDict(tokens)
         self.to(next(model.parameters()).device)
 
@@ -259,7 +262,7 @@ def score(network: Network, name: str, task: Task, split: str) -> float:
 
 
 def run_row(row: str, model: IWM, tasks: dict[str, Task], seed: int, args) -> dict:
-    """Train or probe one row with one seed -> its scores on held-out and test images."""
+    """Train or probe one row with one seed -> what a line of finetune.jsonl says of it."""
     if row not in ROWS:  # in closed form, on mean-pooled latents
         found = {name: probe(row, model, task.data, seed) for name, task in tasks.items()}
         return {s: {n: scores[s] for n, scores in found.items()} for s in ("val", "test")}
@@ -290,20 +293,20 @@ def parse(argv=None) -> argparse.Namespace:
     )
     add("--batch-size", type=int, default=64, help="images a step, shared among the tasks (64)")
     add("--lr", type=float, default=2e-3, help="of new weights, of learned ones a tenth (2e-3)")
-    add("--out", type=Path, help="folder of finetune.jsonl (default: the run's, or runs/NAME)")
+    add("--out", type=Path, help="folder of finetune.jsonl (default: the run's)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     parser.error = lambda message: sys.exit(f"{message}; see --help")
     args = parser.parse_args(argv)
-    if args.checkpoint.is_dir():
-        args.checkpoint = args.checkpoint / "last.pt"
+    args.checkpoint = checkpoint_file(args.checkpoint)
     if args.out is None:  # the published weights do not lie in a run's folder
         run = args.checkpoint.parent
-        args.out = run if (run / "config.json").exists() else Path("runs") / args.checkpoint.stem
+        name = f"finetuned-{args.checkpoint.stem}"
+        args.out = run if (run / "config.json").exists() else Path("runs") / name
     args.tasks = list(dict.fromkeys(args.task.split(",")))
     if "segment" in args.tasks and len(args.tasks) > 1:
         sys.exit("--task segment stands alone: its predictor is not shared")
     if min(args.seeds, args.batch_size // len(args.tasks)) < 1 or args.labels < 0:
-        sys.exit("--seeds is 1 or more, --batch-size one or more for each task")
+        sys.exit("--seeds must be 1 or more, --batch-size one for each task, --labels 0 or more")
     return args
 
 
@@ -311,8 +314,7 @@ def main():
     args = parse()
     device = set_up(args.device)
     model = load_checkpoint(args.checkpoint, device)
-    recipe = replace(model.config, data=args.data or model.config.data, batch_size=1)
-    model.config = recipe
+    recipe = model.config = replace(model.config, data=args.data or model.config.data)
     tasks = load_tasks(args.tasks, recipe, args.labels, device, args.out.parent / "cache")
     dense = any(task.dense for task in tasks.values())
     rows = PROTOCOLS.get(args.protocol, [args.protocol])
@@ -334,7 +336,7 @@ def main():
         tqdm.write(f"{row}, seed {seed}: {scores} % on held-out images")
     print(f"\n{'mIoU' if dense else 'accuracy'} in % on test images of {recipe.data}, "
           f"{args.labels or 'all'} labels, {args.epochs:g} epochs\n")  # fmt: skip
-    print(finetuned(records, list(tasks)))
+    print(finetuning_table(records, list(tasks)))
     print(f"\nrows kept in {file}")
     if args.epochs < 10:
         print("this is a short table: --epochs 25 trains on")

@@ -143,7 +143,7 @@ def grayscale(images: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """factor * images + (1 - factor) * other, in 0..1. [B, 3, S, S]; factor: [B, 1, 1, 1]."""
+    """factor * images + (1 - factor) * other, which may be grey, in 0..1. factor: [B, 1, 1, 1]."""
     return torch.lerp(other, images, factor).clamp(0, 1)
 
 
@@ -181,7 +181,7 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
 def blur_sigma(size: int) -> tuple[float, float]:
     """Range of the blur's sigma in pixels, for images of `size` pixels: DINO's, scaled.
 
-    DINO has 0.1 to 2.0 at 224 pixels. Below half of that the blur would vanish: it stays.
+    DINO has 0.1 to 2.0 at 224 pixels. It stays as it is at 112: below that it would vanish.
     """
     scale = max(size / 224, 0.5)
     return 0.1 * scale, 2.0 * scale
@@ -208,7 +208,7 @@ def solarize(images: Tensor) -> Tensor:
 
 
 def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
-    """Random resized crop (area crop_min..1, width / height 3/4..4/3) and flip. [B, 3, S, S].
+    """Random resized crop (area crop_min..1, width / height 3/4..4/3) and flip. [B, C, S, S].
 
     A side that would be longer than the image's is cut. The crop is taken from the image at its
     S x S pixels, not from the photograph.
@@ -228,14 +228,14 @@ def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
     theta[:, 1, 1] = height
     theta[:, 0, 2] = (2 * u_x - 1) * (1 - width)
     theta[:, 1, 2] = (2 * u_y - 1) * (1 - height)
-    size = [B, 3, config.image_size, config.image_size]
+    size = [*images.shape[:2], config.image_size, config.image_size]
     grid = F.affine_grid(theta, size, align_corners=False)
     edge = 1 - 1 / images.shape[-1]  # centre of the outermost pixel: beyond it, the border repeats
     return F.grid_sample(images, grid.clamp(-edge, edge), align_corners=False)
 
 
 def jitter_params(batch: int, config: Config, generator=None, device=None, always=False) -> Tensor:
-    """Draw jitter parameters, [B, 4]; the identity with 1 - jitter_prob (unless `always`)."""
+    """Draw jitter parameters, [B, 4]; sometimes (1 - jitter_prob) the identity, unless `always`."""
     low, high = config.jitter_range.to(device)
     params = low + (high - low) * torch.rand(batch, len(JITTER), device=device, generator=generator)
     prob = 1.0 if always else config.jitter_prob
@@ -250,7 +250,9 @@ def make_action(params_x: Tensor, params_y: Tensor, flags_x: Tensor, config: Con
     that each is of order 1; those of hue are not wrapped.
     """
     strengths = config.jitter_strengths.to(params_x)
-    return torch.cat([(params_y - params_x) / strengths.clamp(min=1e-8), flags_x], dim=1)
+    change = (params_y - params_x) / strengths.clamp(min=1e-8)
+    change = torch.where(strengths > 0, change, 0)  # what is never jittered has no number
+    return torch.cat([change, flags_x], dim=1)
 
 
 @torch.no_grad()
@@ -285,8 +287,8 @@ def make_views(images: Tensor, config: Config, generator=None) -> tuple[Tensor, 
 def block_unions(n: int, config: Config, generator=None, device=None) -> Tensor:
     """n random unions of rectangles. -> [n, grid, grid] bool, True is masked.
 
-    Each rectangle has its own size, in whole patches (4 to 6 % of 8 x 8: 2 or 4), height / width
-    0.75 to 1.5, and may touch every border. I-JEPA's share a size and never reach the last row.
+    Each rectangle has its own size; its height / width is 0.75 to 1.5 before both are rounded to
+    whole patches. It may touch every border: I-JEPA's share a size and never reach the last row.
     """
     grid = config.grid
     draws = torch.rand(4, n, config.blocks, device=device, generator=generator)
@@ -306,8 +308,8 @@ def block_unions(n: int, config: Config, generator=None, device=None) -> Tensor:
 def sample_masks(batch: int, config: Config, generator=None, device=None) -> tuple[Tensor, Tensor]:
     """Patch indices (row * grid + column), int64: [B, K] of the context, [B, M] of the masked.
 
-    Every image has the same M, and so fits into a batch. Of 16 candidate unions the one nearest in
-    size is kept; then patches drawn at random join or leave it until it has M.
+    Every image has the same number M of masked patches, and so fits into a batch. Of 16 candidate
+    unions the one nearest in size is kept; then patches drawn at random join or leave it.
     """
     N = config.grid**2
     M = min(max(round((1 - config.context) * N), 1), N - 1)
@@ -529,7 +531,7 @@ class IWM(nn.Module):
         z = self.encoder(images).expand(len(action), -1, -1)
         return self.predictor.everywhere(z, action)
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # the action needs a gradient, and nothing else does
     @torch.no_grad()
     def plan(self, images: Tensor, goals: Tensor, steps: int = 60, lr: float = 0.1) -> Tensor:
         """Which jitter turns images into goals? Both [B, 3, S, S] in 0..1 -> parameters [B, 4].
@@ -577,8 +579,7 @@ def ranks(imagined: Tensor, bank: Tensor) -> Tensor:
 def chance(V: int) -> float:
     """MRR of an action-blind predictor: H(V) / V, 0.0239 for V = 256.
 
-    It imagines one and the same thing V times. Each variant is the true one once, so the true ones
-    take the ranks 1 to V once each, and the mean of 1 / rank is (1/1 + 1/2 + ... + 1/V) / V.
+    It imagines one and the same thing V times, so the true ones take each rank from 1 to V once.
     """
     return sum(1 / i for i in range(1, V + 1)) / V
 
@@ -591,7 +592,7 @@ def bank_actions(params: Tensor, config: Config) -> Tensor:
 
 @torch.no_grad()
 def variants(model: IWM, image: Tensor, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A clean image [1, 3, S, S] under jitter `params` [V, 4].
+    """Jitter a clean image [1, 3, S, S] in V ways, by `params` [V, 4].
 
     Returns the variants [V, 3, S, S], the teacher's targets of them (the bank) and what the world
     model imagines for each action, both [V, N, D] float.
@@ -607,19 +608,19 @@ def measure_mrr(
 ) -> dict[str, float]:
     """mrr, hit1, hit5, mrr_pooled and chance, over clean images [B, 3, S, S] in 0..1.
 
-    mrr, the mean of 1 / rank, and the shares of ranks up to 1 and 5 compare patch by patch
-    (deviation 8), mrr_pooled the means over the patches. The bank's latents are the teacher's, the
-    clean image's the student's. A bank is always jittered, and nothing else, in the range of
-    `jitter_of`: of the model's own configuration, or of another one.
+    mrr is the mean of 1 / rank; hit1 and hit5 are the shares of ranks up to 1 and 5. They compare
+    patch by patch (deviation 8); mrr_pooled compares means over patches. The bank's latents are the
+    teacher's, the clean image's the student's. The variants are jittered and nothing else, in the
+    range of `jitter_of`, which is the model's own configuration or another one.
     """
     rank, pooled, V = [], [], model.config.bank
+    jitter_of = jitter_of or model.config
     for image in images.split(1):
-        jitter_range = jitter_of or model.config
-        params = jitter_params(V, jitter_range, generator, image.device, always=True)
+        params = jitter_params(V, jitter_of, generator, image.device, always=True)
         _, bank, imagined = variants(model, image, params)
         rank.append(ranks(imagined, bank))
         pooled.append(ranks(imagined.mean(dim=1), bank.mean(dim=1)))
     rank, pooled = torch.cat(rank), torch.cat(pooled)
     found = {"mrr": 1 / rank, "hit1": rank <= 1, "hit5": rank <= 5, "mrr_pooled": 1 / pooled}
     result = {name: value.double().mean().item() for name, value in found.items()}
-    return result | {"chance": chance(model.config.bank)}
+    return result | {"chance": chance(V)}

@@ -48,8 +48,8 @@ class Recipe(iwm.Config):
 
     data: str = setting("shapes", "shapes | cifar10 | cifar100 | a folder with train/ and test/")
     # optimisation, fitted to runs of a few thousand steps
-    steps: int = setting(2400, "optimiser steps")
-    batch_size: int = setting(64, "images a step")
+    steps: int = setting(3600, "optimiser steps")
+    batch_size: int = setting(32, "images a step")
     lr: float = setting(1e-3, "peak learning rate; lower it if RankMe falls to 1")
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises")
     weight_decay: float = setting(0.04, "of AdamW at the start, not on biases and norms")
@@ -57,7 +57,7 @@ class Recipe(iwm.Config):
     ema: float = setting(0.995, "teacher's first momentum, rises linearly to 1")
     seed: int = setting(0, "of weights, data order, views and masks")
     # measuring
-    measure_every: int = setting(600, "steps between measurements on held-out images")
+    measure_every: int = setting(1200, "steps between measurements on held-out images")
     mrr_images: int = setting(32, "test images that MRR and planning average over at the end")
     # machine
     bf16: bool = setting(True, "compute in bfloat16 where the device has it")
@@ -65,17 +65,16 @@ class Recipe(iwm.Config):
 
 
 # small models see colour change three times as much (deviation 3), to learn their action in
-# minutes; their predictor is nearly the encoder's size (deviation 4); one rectangle is hidden
-# (deviation 1), and the loss is taken at all patches (deviation 2): a better world model
+# minutes; their predictor is large (deviation 4); one rectangle is hidden (deviation 1), and the
+# loss is taken at all patches (deviation 2): a better world model
 SMALL = dict(
     saturation=0.6, hue=0.3, blocks=1, predict_all=True, patch=4, width=128, depth=4, heads=4,
-    pred_width=96, batch_size=32,
+    pred_width=96,
 )  # fmt: skip
 PRESETS = {
     # a square of 4 of 36 patches is hidden; @MIN@ minutes of two CPU cores, MRR @MRR@
     "shapes": Recipe(
-        **SMALL, image_size=24, pred_depth=4, block_min=0.11, block_max=0.11, context=0.89,
-        steps=3600, measure_every=1200,
+        **SMALL, image_size=24, pred_depth=4, block_min=0.11, block_max=0.11, context=0.89
     ),
     # 6 of 64 patches are hidden; 7 minutes of a GPU, MRR 0.88
     "cifar": Recipe(
@@ -145,8 +144,7 @@ def make_optimizer(model: IWM, recipe: Recipe) -> torch.optim.AdamW:
 
 def train_step(model, optimizer, images: Tensor, step: int, recipe: Recipe, generator) -> Tensor:
     """One step on uint8 images [B, 3, S, S] -> its loss, left on the device."""
-    # everything random follows from (seed, step): a resumed run repeats what it would have been;
-    # no two of (rank, seed, step) meet
+    # everything random follows from (rank, seed, step): a resumed run repeats what would have been
     generator.manual_seed(recipe.seed * 10**8 + step + machine.RANK * 10**17)
     with autocast(recipe, images.device):
         loss = model(to_float(images), generator)
@@ -157,18 +155,18 @@ def train_step(model, optimizer, images: Tensor, step: int, recipe: Recipe, gene
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    getattr(model, "module", model).update_teacher(momentum)
+    getattr(model, "module", model).update_teacher(momentum)  # torchrun wraps the model
     return loss.detach()
 
 
-def start(recipe: Recipe, identity: str, out: Path, device, resume: bool):
+def new_or_resumed(recipe: Recipe, identity: str, out: Path, device, resume: bool):
     """A new run, or one that goes on -> its model, its optimiser, and where it stands."""
     torch.manual_seed(recipe.seed)
     model = IWM(recipe).to(device)
     optimizer = make_optimizer(model, recipe)
     state = dict(data=identity, step=0, seconds=0.0, losses=[], metrics=[])
     if resume and (out / "last.pt").exists():
-        state |= read_checkpoint(out, device)
+        state |= machine.read_checkpoint(out, device, Recipe)
         if state["data"] != identity:
             sys.exit(f"{out} was trained on other images than those of {recipe.data}")
         model.load_state_dict(state.pop("model"))
@@ -178,9 +176,10 @@ def start(recipe: Recipe, identity: str, out: Path, device, resume: bool):
 
 def train(recipe: Recipe, data: dict, out: Path, device, resume: bool = False) -> tuple[IWM, float]:
     """Train to the end, from the beginning or from out/last.pt -> the model, and the seconds."""
-    model, optimizer, state = start(recipe, fingerprint(data), out, device, resume)
+    model, optimizer, state = new_or_resumed(recipe, fingerprint(data), out, device, resume)
     step, losses, metrics = state["step"], state["losses"], state["metrics"]
-    began, first = time.monotonic() - state["seconds"], machine.RANK == 0  # only the first writes
+    began = time.monotonic() - state["seconds"]
+    writes = machine.RANK == 0  # one of several processes
 
     def seconds():
         return time.monotonic() - began
@@ -209,7 +208,7 @@ def train(recipe: Recipe, data: dict, out: Path, device, resume: bool = False) -
     print(f"{out}: encoder {sizes[0]:,} and predictor {sizes[1]:,} parameters, "
           f"{len(data['train'][1])} training images, {machine.WORLD} x {device}, "
           f"bfloat16 {bf16(recipe, device)}, from step {step}")  # fmt: skip
-    if first:
+    if writes:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(recipe), indent=1))
         if not metrics:
@@ -220,13 +219,13 @@ def train(recipe: Recipe, data: dict, out: Path, device, resume: bool = False) -
             part.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
     step_model = nn.parallel.DistributedDataParallel(model) if machine.LAUNCHED else model
     generator, running, saved = torch.Generator(device), [], time.monotonic()
-    bar = tqdm(total=recipe.steps, initial=step, disable=not first, **QUIET)
+    bar = tqdm(total=recipe.steps, initial=step, disable=not writes, **QUIET)
     for images in batches(data["train"][0], recipe, step, device):
         running.append(train_step(step_model, optimizer, images, step, recipe, generator))
         step += 1
         bar.update()
 
-        # now and then a look at the loss, a save or a measurement
+        # now and then a look at the loss, a measurement (due) or a save (late)
         due = step % recipe.measure_every == 0 or step == recipe.steps
         late = time.monotonic() - saved > 120
         if len(running) < 20 and not due and not late:
@@ -236,9 +235,9 @@ def train(recipe: Recipe, data: dict, out: Path, device, resume: bool = False) -
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
         if not math.isfinite(losses[-1]):
             sys.exit(f"the loss is not finite at step {step}: lower --lr")
-        if first and due:
+        if writes and due:
             record()
-        elif first and late:
+        elif writes and late:
             save()
         if due or late:
             saved = time.monotonic()
@@ -249,17 +248,9 @@ def train(recipe: Recipe, data: dict, out: Path, device, resume: bool = False) -
 # ---- Checkpoints and the command line ------------------------------------------------------------
 
 
-def read_checkpoint(path: Path | str, device) -> dict:
-    """What `train` saved, its config as a Recipe. With weights_only: nothing in it is run."""
-    return machine.read_checkpoint(path, device, Recipe)
-
-
 def load_checkpoint(path: Path | str, device) -> IWM:
-    """A checkpoint of train.py -> IWM, frozen."""
-    state = read_checkpoint(path, device)
-    model = IWM(state["config"]).to(device)
-    model.load_state_dict(state["model"])
-    return model.requires_grad_(False)
+    """A run's folder or its last.pt -> IWM, frozen."""
+    return machine.load_model(path, device, Recipe)
 
 
 def parse(argv=None) -> tuple[argparse.Namespace, dict]:
@@ -325,10 +316,10 @@ def measure_checkpoint(args, given: dict, device):
     if differs:
         sys.exit(f"{args.measure} was trained with {'; '.join(differs)}")
     model.config = change(model.config, given)
-    file = args.measure / "last.pt" if args.measure.is_dir() else args.measure
+    file = machine.checkpoint_file(args.measure)
     name = file.resolve().parent.name if file.name == "last.pt" else file.stem
     out = args.out or Path("runs") / f"measured-{name}"
-    data = load_data(replace(model.config, batch_size=1), device, out.parent / "cache")
+    data = load_data(model.config, device, out.parent / "cache")
     out.mkdir(parents=True, exist_ok=True)
     draw(model, data, out)
     report(model, data, out)
@@ -351,6 +342,9 @@ def main():
     if machine.LAUNCHED and machine.RANK == 0:
         dist.barrier()  # now the others may
 
+    n = len(data["train"][1])
+    if n < recipe.batch_size:
+        sys.exit(f"{recipe.data} has {n} training images, fewer than --batch-size")
     model, seconds = train(recipe, data, out, device, args.resume)
     if machine.RANK == 0:
         draw(model, data, out)

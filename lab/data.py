@@ -72,7 +72,7 @@ def read_folders(root: Path, size: int, cache: Path) -> dict:
     """root/train, root/test (or val); where there are all three, val is the held-out images."""
     root, data, known = root.resolve(), {}, set()
     found = {split: list_images(root / split) for split in ("train", "val", "test")}
-    found["test"] = found["test"] or found.pop("val")
+    found["test"] = found["test"] or found.pop("val")  # without test/, val/ is the test set
     if not found["train"] or not found["test"]:
         sys.exit(f"data {root} is neither shapes, cifar10, cifar100 nor a folder that holds "
                  "train/CLASS/*.jpg and test/CLASS/*.jpg (or val/)")  # fmt: skip
@@ -105,9 +105,9 @@ def read_cifar(name: str, size: int) -> dict:
 
 def load_data(recipe, device, cache: Path) -> dict:
     """The splits train, val, test: on a GPU when they fit into half of its free memory."""
-    data, size = {}, recipe.image_size
+    size = recipe.image_size
     if recipe.data == "shapes":
-        made = load_shapes(recipe.image_size)
+        made = load_shapes(size)
         data = {split: (of["images"], of["shape"]) for split, of in made.items()}
     elif recipe.data in ("cifar10", "cifar100"):
         data = read_cifar(recipe.data, size)
@@ -117,9 +117,8 @@ def load_data(recipe, device, cache: Path) -> dict:
         images, labels = data["train"]
         n = min(max(len(labels) // 10, 1), 5000)
         data |= {"val": (images[:n], labels[:n]), "train": (images[n:], labels[n:])}
-    n, least = len(data["train"][1]), max(recipe.batch_size, 9)
-    if n < least:
-        sys.exit(f"{recipe.data} has {n} training images, fewer than {least} (see --batch-size)")
+    if len(data["train"][1]) < 9:
+        sys.exit(f"{recipe.data} has {len(data['train'][1])} training images: too few")
     need = sum(images.nbytes for images, _ in data.values())
     if device.type == "cuda" and need < torch.cuda.mem_get_info(device)[0] / 2:
         data = {split: [part.to(device) for part in parts] for split, parts in data.items()}

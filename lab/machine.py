@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from iwm import IWM
+
 LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, and by nothing else
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0  # this process ...
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1  # ... of so many; only rank 0 writes
@@ -50,6 +52,7 @@ def bf16(recipe, device: torch.device) -> bool:
 
 
 def autocast(recipe, device: torch.device):
+    """bfloat16 where `bf16` says so."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16(recipe, device))
 
 
@@ -72,10 +75,15 @@ def whole(path: Path):
         aside.unlink(missing_ok=True)
 
 
+def checkpoint_file(path: Path | str) -> Path:
+    """A run's folder stands for its last.pt."""
+    path = Path(path)
+    return path / "last.pt" if path.is_dir() else path
+
+
 def read_checkpoint(path: Path | str, device, kind) -> dict:
     """A checkpoint of train.py, its config as a `kind`. With weights_only: nothing in it is run."""
-    path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
+    path = checkpoint_file(path)
     if not path.exists():
         sys.exit(f"{path} does not exist: name a run's folder or its last.pt")
     try:
@@ -84,3 +92,11 @@ def read_checkpoint(path: Path | str, device, kind) -> dict:
         return state | {"config": kind(**{name: state["config"][name] for name in known})}
     except Exception as error:  # foreign bytes can raise anything
         sys.exit(f"{path} is no checkpoint of train.py ({type(error).__name__})")
+
+
+def load_model(path: Path | str, device, kind) -> IWM:
+    """A checkpoint of train.py -> IWM, frozen, its config a `kind`."""
+    state = read_checkpoint(path, device, kind)
+    model = IWM(state["config"]).to(device)
+    model.load_state_dict(state["model"])
+    return model.requires_grad_(False)

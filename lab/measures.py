@@ -115,14 +115,14 @@ def pooled(encode, images: Tensor, config, device) -> Tensor:
 def probe(row: str, model: IWM, data: dict, seed: int) -> dict[str, float]:
     """ "knn, WHOSE" or "linear, WHOSE": accuracy of a probe on mean-pooled latents, by split.
 
-    WHOSE: random init | encoder | teacher | predictor, on the null action | K imagined, the mean of
-    what the predictor imagines for K random actions. As in finetuning it gets the teacher's latents.
+    WHOSE: random init | teacher | predictor, on the null action | K imagined, the mean of what the
+    predictor imagines for K random actions. As in finetuning it gets the teacher's latents.
     """
     kind, whose = row.split(", ")
     config, device = model.config, next(model.parameters()).device
     torch.manual_seed(seed)
     random, generator = IWM(config).to(device), torch.Generator(device).manual_seed(seed)
-    networks = {"random init": random.encoder, "encoder": model.encoder, "teacher": model.teacher}
+    networks = {"random init": random.encoder, "teacher": model.teacher}
 
     def imagined(images):
         z, params = model.teacher(images), [IDENTITY.to(device).expand(len(images), -1)]

@@ -23,7 +23,7 @@ from torchvision.transforms.functional import to_pil_image
 import iwm
 from iwm import IDENTITY, IWM, JITTER
 from lab.data import read_image, to_float
-from lab.machine import read_checkpoint, set_up
+from lab.machine import load_model, set_up
 from lab.measures import sweep_params
 
 
@@ -176,9 +176,7 @@ def main():
     parser.add_argument("photo", nargs="+")
     parser.add_argument("--out", type=Path)
     args, device, photos = parser.parse_args(), set_up(None), []
-    state = read_checkpoint(args.checkpoint, device, iwm.Config)
-    model = IWM(state["config"]).to(device)
-    model.load_state_dict(state["model"])
+    model = load_model(args.checkpoint, device, iwm.Config)
     for file in args.photo:
         try:
             photos.append(torch.from_numpy(read_image(file, model.config.image_size)))

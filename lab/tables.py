@@ -48,7 +48,7 @@ def table(folders: list[Path]) -> str:
 def report(model: IWM, data: dict, out: Path, seconds: float | None = None):
     """The last table: this network and a randomly initialised one on the test images."""
     recipe, device = model.config, next(model.parameters()).device
-    few = math.ceil(recipe.mrr_images / 4)
+    few = math.ceil(recipe.mrr_images / 8)
     print(f"measuring on test images (MRR and planning: {recipe.mrr_images}, random init: {few}; "
           f"probes: all, fitted on {len(data['train'][1])} training images) ...")  # fmt: skip
     torch.manual_seed(recipe.seed)
@@ -68,7 +68,7 @@ def report(model: IWM, data: dict, out: Path, seconds: float | None = None):
     print(f"see {out}" if seconds is None else f"{seconds / 60:.1f} minutes; see {out}")
 
 
-def finetuned(records: list[dict], tasks: list[str]) -> str:
+def finetuning_table(records: list[dict], tasks: list[str]) -> str:
     """Rows of finetune.py as Markdown: percent, mean and deviation over the seeds."""
     lines = ["| row | trained parameters | " + " | ".join([*tasks, "seconds"]) + " |"]
     lines.append("|---" * (len(tasks) + 3) + "|")
