@@ -387,7 +387,7 @@ class TestPredictor:
     def test_every_number_is_heard_if_it_is_told(self, mode):
         nothing, *outs = (self.imagined(mode, a)[0] for a in (0.0, *torch.eye(7)))
         heard = [not torch.equal(out, nothing) for out in outs]
-        close(heard, [mode != "none"] * 7, "which numbers of the action are heard")
+        close(heard, [mode != "none"] * 7, "which numbers are heard")
 
     def test_sequence_has_a_layer_for_each_number(self):
         _, task = self.imagined("sequence", extra=torch.zeros(3, 1, 16))
@@ -400,9 +400,9 @@ class TestPredictor:
 
     @each("what, tasks", [("all positions", 0), ("a task's token", 1)])
     def test_everywhere_is_all_positions(self, what, tasks):
-        predictor, positions = tiny().predictor, torch.arange(64).expand(2, 64)
+        predictor, N = tiny().predictor, torch.arange(64).expand(2, 64)
         z, action, extra = torch.randn(2, 64, 32), torch.randn(2, 7), torch.randn(2, tasks, 16)
-        expected = predictor(z, positions, positions, action, extra)
+        expected = predictor(z, N, N, action, extra)
         close(predictor.everywhere(z, action, extra), expected, f"everywhere: without {what}")
 
     def test_feature_mixes_position_and_action(self):
@@ -426,7 +426,7 @@ class TestLoss:
         x, y, a = noise(4), 1 - noise(4), torch.rand(4, 7)
         z_x, (h_y, z_hat) = torch.randn(4, 32, 32), torch.randn(2, 4, 64, 32)
         seen, hidden = reference.sample_masks(4, model.config)
-        right = hidden.sort(dim=1)[0] if where != "all" else torch.arange(64).expand(4, -1)
+        right = torch.arange(64).expand(4, -1) if where == "all" else hidden.sort(dim=1)[0]
         image = torch.arange(4)[:, None]
         put("make_views", Mock(return_value=(x, y, a)))
         put("sample_masks", Mock(return_value=(seen, hidden)))
@@ -451,10 +451,10 @@ class TestLoss:
         model.encoder.forward, model.teacher.forward = encoder, teacher
         model.predictor.forward = predictor
         h = F.layer_norm(h_y, [32]) if norm else h_y
-        error = (z_hat - h)[image, right]
+        error = (z_hat - h)[image, right].square().mean()
 
         close(model.targets(y), h, f"the teacher's latents, layer-normed: {norm}")
-        close(model.loss(x), error.square().mean(), "not the mean of (imagined - teacher)^2")
+        close(model.loss(x), error, "not the mean of (imagined - teacher)^2")
 
     def test_gradients_skip_the_teacher_only(self):
         model = tiny()
@@ -463,19 +463,15 @@ class TestLoss:
             reached = p.grad is not None and p.grad.any()
             assert reached != name.startswith("teacher"), f"a gradient reaches {name}: {reached}"
 
-    @each(
-        "bf16, what",
-        [(False, "the same generator, other views or masks"), (True, "pixels are in bfloat16")],
-    )
+    @each("bf16, what", [(False, "other views or masks"), (True, "pixels are in bfloat16")])
     def test_views_follow_the_generator_in_float32(self, bf16, what):
         model = tiny(blur_prob=1.0)
         encoder = model.encoder.forward = Mock(wraps=model.encoder.forward)
-        model.loss(noise(4), seeded())
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            model.loss(noise(4), seeded())
-        one, other = ([*call.args, *call.kwargs.values()] for call in encoder.call_args_list)
-        for a, b in zip(one, other):
-            close(b, a, what)
+        for enabled in (False, bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                model.loss(noise(4), seeded())
+        for a, b in zip(*([*x.args, *x.kwargs.values()] for x in encoder.call_args_list)):
+            close(b, a, f"the same generator: {what}")
 
 
 class TestTeacher:
@@ -498,8 +494,8 @@ class TestTeacher:
             p.data.fill_(1.0)
             q.data.fill_(2.0)
         model.update_teacher(0.9)
-        for p, q in pairs:
-            found = [p.mean().item(), q.mean().item()]
+        for pair in pairs:
+            found = [p.mean().item() for p in pair]
             close(found, [1.1, 2], "teacher 1, encoder 2 become, with momentum 0.9")
 
 
@@ -634,22 +630,16 @@ class TestGamma:
 
     GRADES = "everything"
 
-    CONFIG = iwm.Config(**vars(TINY))
-
-    def test_identity(self):
-        expected = [float(name != "hue") for name in iwm.JITTER]
-        close(iwm.IDENTITY, expected, "IDENTITY: gamma 1 changes nothing")
-
-    def test_config(self):
-        assert hasattr(self.CONFIG, "gamma"), "Config: no strength named gamma"
-
     def test_jitter(self):
         params = torch.tensor([dict(gamma=2.0, hue=0.0).get(name, 1.0) for name in iwm.JITTER])
         found = iwm.jitter(some_images(), params.expand(64, -1))
         close(found, TF.adjust_gamma(some_images(), 2), "jitter: not images ** gamma")
 
-    def test_action(self):
-        _, _, a = iwm.make_views(noise(64), self.CONFIG, seeded())
+    def test_settings(self):
+        config, expected = iwm.Config(**vars(TINY)), [float(name != "hue") for name in iwm.JITTER]
+        assert hasattr(config, "gamma"), "Config: no strength named gamma"
+        close(iwm.IDENTITY, expected, "IDENTITY: gamma 1 changes nothing")
+        _, _, a = iwm.make_views(noise(64), config, seeded())
         assert "gamma" in iwm.ACTION and a.shape[1] == 8, "ACTION: not eight, with gamma"
 
 

@@ -344,7 +344,9 @@ def main():
 
     n = len(data["train"][1])
     if n < recipe.batch_size:
-        sys.exit(f"{recipe.data} has {n} training images, fewer than --batch-size")
+        sys.exit(
+            f"{recipe.data} has {n} training images: too few for --batch-size {recipe.batch_size}"
+        )
     model, seconds = train(recipe, data, out, device, args.resume)
     if machine.RANK == 0:
         draw(model, data, out)
