@@ -10,9 +10,16 @@ import numpy as np
 
 HERE = Path(__file__).parent
 LINES = [json.loads(line) for line in (HERE / "results.jsonl").open(encoding="utf-8")]
-FRACTIONS = ("mrr", "mrr_pooled", "hit1", "plan_left")  # all other measures are in percent
+FRACTIONS = (
+    "mrr",
+    "mrr_paper",
+    "mrr_pooled",
+    "hit1",
+    "plan_left",
+)  # all other measures are in percent
 GAIN = "learned predictor - random predictor"
 NAMES = {"mrr": "MRR", "mrr_pooled": "pooled MRR", "hit1": "H@1", "knn": "kNN", GAIN: "gain"}
+NAMES["mrr_paper"] = "MRR, paper's bank"
 TUNED = f"random predictor|learned predictor|{GAIN}"
 SHARED = [f"{x} predictor, {y}" for x in ("random", "learned") for y in ("shared", "one each")]
 BY_RUN = {  # table: studies, columns, tasks of the finetuning rows
@@ -21,6 +28,11 @@ BY_RUN = {  # table: studies, columns, tasks of the finetuning rows
     "dial": ("dial pixels", f"mrr|hit1|knn|linear|attentive|{TUNED}", "classify"),
     "finetuning": ("grid preset long", f"attentive|{TUNED}|encoder|end-to-end", "classify"),
     "shapes": ("preset earlier", f"attentive|{TUNED}", "shape"),
+    "default": (
+        "default",
+        f"mrr|mrr_paper|hit1|plan_left|attentive|{TUNED}|encoder|end-to-end|scratch",
+        "shape",
+    ),
     "segment": ("preset earlier", f"linear per patch|{TUNED}|encoder|end-to-end", "segment"),
     "tasks": ("preset earlier", "|".join(["attentive", *SHARED]), "shape colour texture"),
 }
