@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 import iwm
 from iwm import IWM
-from lab.data import load_data, to_float
-from lab.machine import QUIET, autocast, checkpoint_file, set_up
+from lab.checkpoints import checkpoint_file
+from lab.data import load_tasks, to_float
+from lab.machine import QUIET, autocast, set_up
 from lab.measures import mean_iou, probe
-from lab.shapes import load_shapes
 from lab.tables import finetuning_table
 from train import load_checkpoint
 
@@ -76,30 +76,6 @@ class Task:
         """A new head: [B, N, D] -> [B, classes], or [B, classes, S, S] if the task is dense."""
         kind = DenseHead if self.dense else AttentiveHead
         return kind(config, self.classes)
-
-
-def load_tasks(names: list[str], recipe, labels: int, device, cache: Path) -> dict[str, Task]:
-    """The tasks of these names, with the first `labels` training images (0: all of them).
-
-    Any data can classify; shapes have shape, colour, texture, background and segment.
-    """
-    known = ("classify",)
-    if recipe.data == "shapes":
-        known = ("shape", "colour", "texture", "background", "segment")
-        names = ["shape" if name == "classify" else name for name in names]
-    for name in set(names) - set(known):
-        sys.exit(f"task {name}: on {recipe.data or 'this data'} choose among {', '.join(known)}")
-    if recipe.data == "shapes":
-        splits = load_shapes(recipe.image_size)
-        data = {n: {s: (made["images"], made[n]) for s, made in splits.items()} for n in names}
-    else:
-        data = {"classify": load_data(recipe, device, cache)}
-    for splits in data.values():
-        n = len(splits["train"][1])
-        if labels > n:
-            sys.exit(f"--labels {labels} is more than the {n} training images")
-        splits["train"] = tuple(part[: labels or n] for part in splits["train"])
-    return {name: Task(splits) for name, splits in data.items()}
 
 
 # ---- Networks: an encoder, perhaps the predictor, and a head for each task -----------------------
@@ -316,6 +292,7 @@ def main():
     model = load_checkpoint(args.checkpoint, device)
     recipe = model.config = replace(model.config, data=args.data or model.config.data)
     tasks = load_tasks(args.tasks, recipe, args.labels, device, args.out.parent / "cache")
+    tasks = {name: Task(data) for name, data in tasks.items()}
     dense = any(task.dense for task in tasks.values())
     rows = PROTOCOLS.get(args.protocol, [args.protocol])
     rows = [row for row in rows if row in ROWS or not dense]  # pooled latents have no pixels

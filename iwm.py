@@ -210,8 +210,7 @@ def solarize(images: Tensor) -> Tensor:
 def random_crop_flip(images: Tensor, config: Config, generator=None) -> Tensor:
     """Random resized crop (area crop_min..1, width / height 3/4..4/3) and flip. [B, C, S, S].
 
-    A side that would be longer than the image's is cut. The crop is taken from the image at its
-    S x S pixels, not from the photograph.
+    A side longer than the image's is cut. The crop is taken at S x S pixels, not of the photograph.
     """
     B = len(images)
     draws = torch.rand(5, B, device=images.device, generator=generator)
@@ -608,8 +607,8 @@ def measure_mrr(
 ) -> dict[str, float]:
     """mrr, hit1, hit5, mrr_pooled and chance, over clean images [B, 3, S, S] in 0..1.
 
-    mrr is the mean of 1 / rank; hit1 and hit5 are the shares of ranks up to 1 and 5. They compare
-    patch by patch (deviation 8); mrr_pooled compares means over patches. The bank's latents are the
+    mrr is the mean of 1 / rank, hit1 and hit5 are the shares of ranks up to 1 and 5, both patch by
+    patch (deviation 8); mrr_pooled compares means over patches. The bank's latents are the
     teacher's, the clean image's the student's. The variants are jittered and nothing else, in the
     range of `jitter_of`, which is the model's own configuration or another one.
     """

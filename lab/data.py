@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from lab.machine import QUIET, whole
+from lab.checkpoints import whole
+from lab.machine import QUIET
 from lab.shapes import load_shapes
 
 SUFFIXES = {*torchvision.datasets.folder.IMG_EXTENSIONS, ".jfif"}
@@ -122,6 +123,31 @@ def load_data(recipe, device, cache: Path) -> dict:
     need = sum(images.nbytes for images, _ in data.values())
     if device.type == "cuda" and need < torch.cuda.mem_get_info(device)[0] / 2:
         data = {split: [part.to(device) for part in parts] for split, parts in data.items()}
+    return data
+
+
+def load_tasks(names: list[str], recipe, labels: int, device, cache: Path) -> dict:
+    """{task: its data}, with the first `labels` training images (0: all of them).
+
+    Any data can classify; shapes have shape, colour, texture, background and segment. Data of your
+    own is a branch here: {task: {split: (images, labels)}}, labels [n] or, for pixels, [n, S, S].
+    """
+    known = ("classify",)
+    if recipe.data == "shapes":
+        known = ("shape", "colour", "texture", "background", "segment")
+        names = ["shape" if name == "classify" else name for name in names]
+    for name in set(names) - set(known):
+        sys.exit(f"task {name}: on {recipe.data or 'this data'} choose among {', '.join(known)}")
+    if recipe.data == "shapes":
+        splits = load_shapes(recipe.image_size)
+        data = {n: {s: (made["images"], made[n]) for s, made in splits.items()} for n in names}
+    else:
+        data = {"classify": load_data(recipe, device, cache)}
+    for splits in data.values():
+        n = len(splits["train"][1])
+        if labels > n:
+            sys.exit(f"--labels {labels} is more than the {n} training images")
+        splits["train"] = tuple(part[: labels or n] for part in splits["train"])
     return data
 
 

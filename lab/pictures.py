@@ -22,8 +22,9 @@ from torchvision.transforms.functional import to_pil_image
 
 import iwm
 from iwm import IDENTITY, IWM, JITTER
+from lab.checkpoints import load_model
 from lab.data import read_image, to_float
-from lab.machine import load_model, set_up
+from lab.machine import set_up
 from lab.measures import sweep_params
 
 

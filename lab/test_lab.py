@@ -1,4 +1,4 @@
-"""Tests of the experiments: what only an honest pipeline can find, and what is printed and drawn."""
+"""Tests of the experiments: what only an honest pipeline finds, what is printed and drawn."""
 
 import colorsys
 import json
@@ -29,7 +29,7 @@ import iwm
 import lab.data
 import test_iwm
 import train
-from lab import machine, measures, pictures, shapes, tables
+from lab import checkpoints, machine, measures, pictures, shapes, tables
 from test_iwm import IDENTITY, TINY, act, close, each, noise, seeded, tiny
 
 CPU, SPLITS = torch.device("cpu"), ("train", "val", "test")
@@ -780,7 +780,7 @@ def test_unreadable_images_are_named(load):
 
 
 def test_a_full_disk_is_named(tmp_path):
-    with raises(OSError, match="last.pt"), machine.whole(tmp_path / "last.pt") as aside:
+    with raises(OSError, match="last.pt"), checkpoints.whole(tmp_path / "last.pt") as aside:
         aside.write_text("half")
         raise OSError(28, "full")
     assert not os.listdir(tmp_path)
