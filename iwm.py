@@ -33,8 +33,7 @@ Symbols of shapes:  B images,  S x S pixels,  N patches of an image,  K context 
 asked for (the masked: K + M = N, or all: M = N),  D encoder width,  W predictor width,  A = 7
 numbers of an action,  V variants in a bank.
 
-"deviation 5" is number 5 of the README's list of departures from the paper; assets/RESULTS.md lists
-the small ones, too, with their reasons.
+"deviation 5" is number 5 of the README's list of departures; assets/RESULTS.md has small ones, too.
 """
 
 import copy

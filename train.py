@@ -261,7 +261,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, dict]:
     add("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--measure", type=Path, metavar="CHECKPOINT", help="measure it, draw it, train nothing")
+    add("--measure", type=Path, metavar="CHECKPOINT", help="measure and draw it")
     add("--table", type=Path, nargs="+", metavar="RUN", help="print a table of finished runs")
     for f in fields(Recipe):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
