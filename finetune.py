@@ -316,7 +316,7 @@ def main():
     print(finetuning_table(records, list(tasks)))
     print(f"\nrows kept in {file}")
     if args.epochs < 10:
-        print("this is a short table: --epochs 25 trains on")
+        print("a short table: try --epochs 25; scratch needs them, or --lr 5e-4")
 
 
 if __name__ == "__main__":

@@ -245,11 +245,11 @@ def make_action(params_x: Tensor, params_y: Tensor, flags_x: Tensor, config: Con
     """a(x->y) [B, 7]: jitter parameters of y minus those of x, then x's destructive flags [B, 3].
 
     A flag of 1 says: x was degraded, y is not. Differences are divided by the jitter strengths, so
-    that each is of order 1; those of hue are not wrapped.
+    that each is of order 1 (0 where a strength is 0); those of hue are not wrapped.
     """
     strengths = config.jitter_strengths.to(params_x)
     change = (params_y - params_x) / strengths.clamp(min=1e-8)
-    change = torch.where(strengths > 0, change, 0)  # what is never jittered has no number
+    change = torch.where(strengths > 0, change, 0)
     return torch.cat([change, flags_x], dim=1)
 
 

@@ -269,6 +269,11 @@ class TestViews:
         assert change.any(), "x and y share their jitter"
         close(a[:5, :4], change / TINY.jitter_strengths, "the action is not (y - x) / strength")
 
+    def test_what_is_never_jittered_has_no_number(self):
+        config, turned = replace(TINY, hue=0.0), torch.tensor([[1.0, 1.0, 1.0, 0.1]])
+        found = iwm.make_action(IDENTITY[None], turned, torch.zeros(1, 3), config)
+        close(found, torch.zeros(1, 7), "hue has strength 0, and a number")
+
 
 class TestMasks:
     """Exercise 3: rectangles are masked, as many patches of each image, without bias."""
