@@ -136,7 +136,7 @@ class Config:
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """Luma, with torchvision's weights, of RGB images in 0..1. [B, 3, S, S] -> [B, 1, S, S]."""
+    """0.2989 R + 0.587 G + 0.114 B, as in torchvision. [B, 3, S, S] in 0..1 -> [B, 1, S, S]."""
     r, g, b = images.unbind(dim=1)
     return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
 
@@ -180,7 +180,7 @@ def jitter(images: Tensor, params: Tensor) -> Tensor:
 def blur_sigma(size: int) -> tuple[float, float]:
     """Range of the blur's sigma in pixels, for images of `size` pixels: DINO's, scaled.
 
-    DINO has 0.1 to 2.0 at 224 pixels. It stays as it is at 112: below that it would vanish.
+    DINO has 0.1 to 2.0 at 224 pixels. Below 112 it would vanish: the range of 112 stays.
     """
     scale = max(size / 224, 0.5)
     return 0.1 * scale, 2.0 * scale
@@ -563,7 +563,7 @@ def ranks(imagined: Tensor, bank: Tensor) -> Tensor:
     """Rank of each true variant in the bank by L2 distance from the imagined one, 1 = nearest.
 
     imagined, bank: [V, ...]; imagined[i] should be nearest to bank[i]. Returns [V] float, CPU.
-    A tie gets the mean of the best and the worst rank it could have: it must not help.
+    A tie, up to rounding, gets the mean of the best and the worst rank that it could have.
     """
     a, b = imagined.flatten(1).cpu().double(), bank.flatten(1).cpu().double()
     distance = torch.cdist(a, b)
