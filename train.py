@@ -257,7 +257,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, dict]:
     text = f"{__doc__}\nIn brackets: the value in the preset shapes."
     parser = argparse.ArgumentParser(description=text, formatter_class=wide)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="where to start from (default: what suits --data)")
+    add("--preset", choices=PRESETS, help="start from it (default: what suits --data)")
     add("--out", type=Path, help="run folder (default: runs/ + preset + the flags that differ)")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--resume", action="store_true", help="go on with the run in --out")
