@@ -38,7 +38,7 @@ numbers of an action,  V variants in a bank.
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -100,8 +100,10 @@ class Config:
             if not ok:
                 raise ValueError(message)
 
-        for name in ("image_size", "patch", "width", "pred_width", "heads", "blocks", "bank"):
-            need(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be 1 or more")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and f.name != "seed":
+                need(value >= 1, f"{f.name} is {value}: it must be 1 or more")
         for name in ("width", "pred_width"):
             w = getattr(self, name)
             need(w % 4 == 0 and w % self.heads == 0,
@@ -248,8 +250,7 @@ def make_action(params_x: Tensor, params_y: Tensor, flags_x: Tensor, config: Con
     that each is of order 1 (0 where a strength is 0); those of hue are not wrapped.
     """
     strengths = config.jitter_strengths.to(params_x)
-    change = (params_y - params_x) / strengths.clamp(min=1e-8)
-    change = torch.where(strengths > 0, change, 0)
+    change = torch.where(strengths > 0, (params_y - params_x) / strengths, 0)
     return torch.cat([change, flags_x], dim=1)
 
 

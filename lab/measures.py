@@ -113,8 +113,9 @@ def pooled(encode, images: Tensor, config, device) -> Tensor:
 
 @torch.no_grad()
 def probe(row: str, model: IWM, data: dict, seed: int) -> dict[str, float]:
-    """ "knn, WHOSE" or "linear, WHOSE": accuracy of a probe on mean-pooled latents, by split.
+    """Accuracy, by split, of the probe that a row names: "knn, WHOSE" or "linear, WHOSE".
 
+    It reads mean-pooled latents and is fitted on training images.
     WHOSE: random init | teacher | predictor, on the null action | K imagined, the mean of what the
     predictor imagines for K random actions. As in finetuning it gets the teacher's latents.
     """
@@ -150,7 +151,7 @@ def measure(model: IWM, data: dict, split: str, mrr_images: int, probe_images=No
     generator = torch.Generator(device).manual_seed(0)
     images = to_float(data[split][0][:500], device)
     with autocast(config, device), torch.compiler.set_stance("force_eager"):
-        clean = images[:mrr_images]
+        clean = to_float(data[split][0][:mrr_images], device)
         result = iwm.measure_mrr(model, clean, generator) | measure_components(model, clean)
         result |= measure_planning(model, clean, generator)
         paper = iwm.measure_mrr(model, clean, generator, jitter_of=Config())
