@@ -1,11 +1,11 @@
 """Use the learned world model: finetune the predictor on a task, beside its controls, in one table.
 
-    python finetune.py runs/shapes/last.pt                      # a short table, in minutes
-    python finetune.py runs/shapes/last.pt --epochs 25          # trained for longer
-    python finetune.py runs/shapes/last.pt --protocol table     # with kNN and linear probes
-    python finetune.py runs/shapes/last.pt --protocol average   # probe K imagined variants' mean
-    python finetune.py runs/shapes/last.pt --task shape,colour  # several tasks with one predictor
-    python finetune.py runs/shapes/last.pt --task segment       # a class for each pixel: mIoU
+    python finetune.py runs/shapes/last.pt                        # a short table, in minutes
+    python finetune.py runs/shapes/last.pt --epochs 10 --lr 1e-3  # trained for longer
+    python finetune.py runs/shapes/last.pt --protocol table       # with kNN and linear probes
+    python finetune.py runs/shapes/last.pt --protocol average     # probe K imagined variants' mean
+    python finetune.py runs/shapes/last.pt --task shape,colour    # several tasks with one predictor
+    python finetune.py runs/shapes/last.pt --task segment         # a class for each pixel: mIoU
 
 The predictor gets the latents of the clean image, a mask token at every position and the null
 action: it predicts the whole, untransformed image. A learned query reads what it predicts. A row is
@@ -316,7 +316,7 @@ def main():
     print(finetuning_table(records, list(tasks)))
     print(f"\nrows kept in {file}")
     if args.epochs < 10:
-        print("a short table: try --epochs 25; scratch needs them, or --lr 5e-4")
+        print("a short table, in which scratch hardly starts: try --epochs 10 --lr 1e-3")
 
 
 if __name__ == "__main__":

@@ -10,29 +10,20 @@ import numpy as np
 
 HERE = Path(__file__).parent
 LINES = [json.loads(line) for line in (HERE / "results.jsonl").open(encoding="utf-8")]
-FRACTIONS = (
-    "mrr",
-    "mrr_paper",
-    "mrr_pooled",
-    "hit1",
-    "plan_left",
-)  # all other measures are in percent
+FRACTIONS = "mrr mrr_paper mrr_pooled hit1 plan_left".split()  # all others: percent
 GAIN = "learned predictor - random predictor"
-NAMES = {"mrr": "MRR", "mrr_pooled": "pooled MRR", "hit1": "H@1", "knn": "kNN", GAIN: "gain"}
-NAMES["mrr_paper"] = "MRR, paper's bank"
+NAMES = {"mrr": "MRR", "mrr_paper": "MRR, paper's bank", "mrr_pooled": "pooled MRR", "hit1": "H@1"}
+NAMES |= {"knn": "kNN", GAIN: "gain"}
 TUNED = f"random predictor|learned predictor|{GAIN}"
 SHARED = [f"{x} predictor, {y}" for x in ("random", "learned") for y in ("shared", "one each")]
+DEFAULT = f"mrr|mrr_paper|hit1|plan_left|attentive|{TUNED}|encoder|end-to-end|scratch"
 BY_RUN = {  # table: studies, columns, tasks of the finetuning rows
     "grid": ("grid preset long", "mrr|mrr_pooled|hit1|plan_left|knn|linear", "classify"),
     "short": ("short", "mrr|hit1|knn|linear", "classify"),
     "dial": ("dial pixels", f"mrr|hit1|knn|linear|attentive|{TUNED}", "classify"),
     "finetuning": ("grid preset long", f"attentive|{TUNED}|encoder|end-to-end", "classify"),
     "shapes": ("preset earlier", f"attentive|{TUNED}", "shape"),
-    "default": (
-        "default",
-        f"mrr|mrr_paper|hit1|plan_left|attentive|{TUNED}|encoder|end-to-end|scratch",
-        "shape",
-    ),
+    "default": ("default", DEFAULT, "shape"),
     "segment": ("preset earlier", f"linear per patch|{TUNED}|encoder|end-to-end", "segment"),
     "tasks": ("preset earlier", "|".join(["attentive", *SHARED]), "shape colour texture"),
 }
@@ -70,6 +61,14 @@ def by_run(studies, columns, tasks):
             row.append(f"{st.mean(v):.{n}f}±{st.stdev(v):.{n}f}" if len(v) > 2 else each)
         if row[2] != "-":
             yield row
+
+
+def finetuned(*epochs):
+    """A row for each row of finetune.py: accuracy on held-out images after some epochs, on test."""
+    yield "row", "encoder", "predictor", *map(str, epochs), "test"
+    for d in runs("finetuned"):
+        percent = [d["curve"][n - 1] for n in epochs] + [d["test"]]
+        yield d["row"], *d["parts"], *(f"{100 * value:.1f}" for value in percent)
 
 
 def difference(groups, margin):
@@ -150,6 +149,7 @@ def dots(axis, colour, line, label, x, study, cells):
 
 tables = {name: by_run(*of) for name, of in BY_RUN.items()} | {"spectrum": spectrum()}
 tables |= {name: compared(name) for name in ("claims", "effects")}
+tables |= {"finetuned": finetuned(1, 3, 10), "epochs": finetuned(*range(1, 11))}
 tables["gpu"] = [GPU, *([str(d.get(k, "-")) for k in GPU] for d in runs("gpu", "step"))]
 for page in (HERE / "RESULTS.md", HERE.parent / "README.md"):
     page.write_text(re.sub(r"(?s)(<!-- table: (\S+) -->\n).*?(?=<!-- end)", fill, page.read_text()))
