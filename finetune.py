@@ -316,7 +316,7 @@ def main():
     print(finetuning_table(records, list(tasks)))
     print(f"\nrows kept in {file}")
     if args.epochs < 10:
-        print("a short table, in which scratch hardly starts: try --epochs 10 --lr 1e-3")
+        print("a short table: scratch hardly starts; try --epochs 10 --lr 1e-3")
 
 
 if __name__ == "__main__":

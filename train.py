@@ -254,7 +254,7 @@ def load_checkpoint(path: Path | str, device) -> IWM:
 def parse(argv=None) -> tuple[argparse.Namespace, dict]:
     """Command line -> the options, and the settings of Recipe that were given."""
     wide = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=120)
-    text = f"{__doc__}\nIn brackets: the value in the preset shapes."
+    text = f"{__doc__}\nIn brackets: the values of shapes."
     parser = argparse.ArgumentParser(description=text, formatter_class=wide)
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="start from it (default: what suits --data)")
@@ -359,5 +359,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("stopped: the same command with --resume goes on, two minutes back at most")
-    except OSError as error:  # of the disk or the network: a full disk, a folder without access
+    except OSError as error:  # of the disk or network: a full disk, a folder without access
         sys.exit(f"{error}")
