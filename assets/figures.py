@@ -10,16 +10,17 @@ import numpy as np
 
 HERE = Path(__file__).parent
 LINES = [json.loads(line) for line in (HERE / "results.jsonl").open(encoding="utf-8")]
-FRACTIONS = "mrr mrr_paper mrr_pooled hit1 plan_left".split()  # all others: percent
+FRACTIONS = "mrr mrr_1 mrr_2 mrr_paper mrr_pooled hit1 plan_left".split()  # all others: percent
 GAIN = "learned predictor - random predictor"
 NAMES = {"mrr": "MRR", "mrr_paper": "MRR, paper's bank", "mrr_pooled": "pooled MRR", "hit1": "H@1"}
-NAMES |= {"knn": "kNN", GAIN: "gain"}
+NAMES |= {"mrr_1": "MRR, bank 1", "mrr_2": "MRR, bank 2", "knn": "kNN", GAIN: "gain"}
 TUNED = f"random predictor|learned predictor|{GAIN}"
 SHARED = [f"{x} predictor, {y}" for x in ("random", "learned") for y in ("shared", "one each")]
 DEFAULT = f"mrr|mrr_paper|hit1|plan_left|attentive|{TUNED}|encoder|end-to-end|scratch"
 BY_RUN = {  # table: studies, columns, tasks of the finetuning rows
     "grid": ("grid preset long", "mrr|mrr_pooled|hit1|plan_left|knn|linear", "classify"),
     "short": ("short", "mrr|hit1|knn|linear", "classify"),
+    "banks": ("banks", "mrr_1|mrr_2|knn|linear|random predictor|learned predictor", "classify"),
     "dial": ("dial pixels", f"mrr|hit1|knn|linear|attentive|{TUNED}", "classify"),
     "finetuning": ("grid preset long", f"attentive|{TUNED}|encoder|end-to-end", "classify"),
     "shapes": ("preset earlier", f"attentive|{TUNED}", "shape"),
@@ -59,7 +60,7 @@ def by_run(studies, columns, tasks):
             v, n = values(study, run, key, tasks), 3 if key in FRACTIONS else 1
             each = ", ".join(f"{x:.{n}f}" for x in v) or "-"
             row.append(f"{st.mean(v):.{n}f}±{st.stdev(v):.{n}f}" if len(v) > 2 else each)
-        if row[2] != "-":
+        if row[2:] != ["-"] * len(keys):
             yield row
 
 
